@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV ?= .venv
+# Empty (make CONSTRAINTS=) takes the newest torch and torchvision instead.
+CONSTRAINTS ?= constraints.txt
+OUT ?= runs/digits
+
+PIP = $(VENV)/bin/pip --disable-pip-version-check
+NATIVE = setup.py pyproject.toml $(CONSTRAINTS) $(wildcard build_backend/* csrc/* csrc/*/*)
+
+.PHONY: train test lint clean
+
+train: $(VENV)/train.stamp
+	$(VENV)/bin/czm-train --out $(OUT)
+
+test: $(VENV)/train,dev.stamp
+	$(VENV)/bin/pytest
+
+lint: $(VENV)/train,dev.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+# The stamp's name is the list of extras installed. torch comes first, so that the build finds it
+# and fetches none of its own. Editable, so that tests and training run this tree.
+$(VENV)/%.stamp: $(NATIVE) | $(VENV)
+	$(PIP) install $(CONSTRAINTS:%=-c %) torch torchvision
+	$(PIP) install $(CONSTRAINTS:%=-c %) -e '.[$*]'
+	touch '$@'
+
+$(VENV):
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info czm_fused/_C_*.so
+	rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,76 @@
+// What the operators on whole, dense tensors share: how they lie in memory and how loops run over them.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <type_traits>
+
+// A function that the compiler vectorises once for each instruction set, with all that it calls; the
+// loader picks. Nothing in it may be reordered or contracted: every version gives the same bits.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
+#define CZM_VECTORISED \
+  __attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CZM_VECTORISED
+#endif
+
+namespace czm {
+
+using torch::stable::Tensor;
+
+// Half types are computed in float32 and rounded once.
+template <typename T>
+using arithmetic_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// What a thread must have to do before another is worth waking, in elements.
+constexpr int64_t kElementsPerTask = 32768;
+
+// Dense in the order (0, 2, 3, ..., 1): torch's channels_last, for any number of dimensions.
+inline bool is_channels_last(const Tensor& t) {
+  if (t.dim() < 3) {
+    return false;
+  }
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  int64_t expected = 1;
+  const auto matches = [&](int64_t d) {
+    const bool match = sizes[d] == 1 || strides[d] == expected;
+    expected *= sizes[d];
+    return match;
+  };
+  bool match = matches(1);
+  for (int64_t d = t.dim() - 1; match && d >= 2; --d) {
+    match = matches(d);
+  }
+  return match && matches(0);
+}
+
+// `t` itself if it is contiguous or channels-last, else a contiguous copy.
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() || is_channels_last(t) ? t : torch::stable::contiguous(t);
+}
+
+// `t` itself if its elements lie as those of `like` do, else a copy that does. `like` is dense.
+inline Tensor with_layout_of(const Tensor& t, const Tensor& like) {
+  bool same = true;
+  for (int64_t d = 0; same && d < t.dim(); ++d) {
+    same = t.size(d) == 1 || t.stride(d) == like.stride(d);
+  }
+  if (same) {
+    return t;
+  }
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t d = 0; same && d < a.dim(); ++d) {
+    same = a.size(d) == b.size(d);
+  }
+  return same;
+}
+
+}  // namespace czm

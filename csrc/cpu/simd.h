@@ -1,0 +1,256 @@
+// Vectors of the instruction set that the including file selects, and the few moves the step needs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "../arithmetic.h"
+
+#ifndef CZM_VECTOR_BYTES
+#define CZM_VECTOR_BYTES 16
+#endif
+
+namespace czm {
+inline namespace CZM_ARCH {
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+// The type of the arithmetic on a stored type.
+template <class Stored> struct Arithmetic { using type = float; };
+template <> struct Arithmetic<double> { using type = double; };
+
+template <class Real> struct VectorOf {
+  typedef Real type __attribute__((vector_size(CZM_VECTOR_BYTES)));
+  static constexpr int lanes = CZM_VECTOR_BYTES / sizeof(Real);
+};
+template <class Real> using Vector = typename VectorOf<Real>::type;
+template <class Real> constexpr int kLanes = VectorOf<Real>::lanes;
+
+using VectorF = Vector<float>;
+using VectorD = Vector<double>;
+
+inline VectorF multiply_add(VectorF a, VectorF b, VectorF c) {
+#if CZM_VECTOR_BYTES == 64
+  return (VectorF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif CZM_VECTOR_BYTES == 32
+  return (VectorF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (VectorF)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+inline VectorD multiply_add(VectorD a, VectorD b, VectorD c) {
+#if CZM_VECTOR_BYTES == 64
+  return (VectorD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif CZM_VECTOR_BYTES == 32
+  return (VectorD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  return (VectorD)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+inline VectorF broadcast(float x) { return VectorF{} + x; }
+inline VectorD broadcast(double x) { return VectorD{} + x; }
+
+inline float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float to_real(float x) { return x; }
+inline double to_real(double x) { return x; }
+inline float to_real(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+
+inline float to_real(Float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  // Shifted into place and rebiased by a product, which also makes subnormal halves right.
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
+}
+
+inline void from_real(float x, float& out) { out = x; }
+inline void from_real(double x, double& out) { out = x; }
+
+inline void from_real(float x, BFloat16& out) {
+  const uint32_t bits = float_to_bits(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    out.bits = 0x7fc0u;
+    return;
+  }
+  out.bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline void from_real(float x, Float16& out) {
+  const uint32_t bits = float_to_bits(x);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    out.bits = uint16_t(sign | 0x7e00u);
+  } else if (magnitude >= 0x477ff000u) {  // rounds beyond 65504
+    out.bits = uint16_t(sign | 0x7c00u);
+  } else if (magnitude < 0x38800000u) {  // subnormal: the addition rounds to the last half bit
+    const float rounded = bits_to_float(magnitude) + 0.5f;
+    out.bits = uint16_t(sign | (float_to_bits(rounded) - 0x3f000000u));
+  } else {
+    const uint32_t rebiased = magnitude - 0x38000000u;
+    out.bits = uint16_t(sign | ((rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13));
+  }
+}
+
+template <class V> inline V load_as(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V> inline void store_as(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+inline VectorF load(const float* p) { return load_as<VectorF>(p); }
+inline VectorD load(const double* p) { return load_as<VectorD>(p); }
+inline void store(float* p, VectorF v) { store_as(p, v); }
+inline void store(double* p, VectorD v) { store_as(p, v); }
+
+typedef uint16_t Half16s __attribute__((vector_size(CZM_VECTOR_BYTES / 2)));
+typedef uint32_t Bits32s __attribute__((vector_size(CZM_VECTOR_BYTES)));
+
+inline VectorF load(const BFloat16* p) {
+  return (VectorF)(__builtin_convertvector(load_as<Half16s>(p), Bits32s) << 16);
+}
+
+inline void store(BFloat16* p, VectorF v) {
+  const Bits32s bits = (Bits32s)v;
+  const Bits32s rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits32s is_nan = (Bits32s)((bits & 0x7fffffffu) > 0x7f800000u);
+  const Bits32s chosen = (is_nan & 0x7fc0u) | (~is_nan & rounded);
+  store_as(p, __builtin_convertvector(chosen, Half16s));
+}
+
+inline VectorF load(const Float16* p) {
+#if CZM_VECTOR_BYTES == 64
+  return (VectorF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif CZM_VECTOR_BYTES == 32
+  return (VectorF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  return (VectorF)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
+#else
+  return VectorF{to_real(p[0]), to_real(p[1]), to_real(p[2]), to_real(p[3])};
+#endif
+}
+
+inline void store(Float16* p, VectorF v) {
+#if CZM_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif CZM_VECTOR_BYTES == 32
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+#else
+  for (int i = 0; i < 4; ++i) from_real(v[i], p[i]);
+#endif
+}
+
+// The first `count` lanes; the others are zero. The kernel's tails are short and rare.
+template <class Stored>
+inline Vector<typename Arithmetic<Stored>::type> load_first(const Stored* p, int64_t count) {
+  Vector<typename Arithmetic<Stored>::type> v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = to_real(p[i]);
+  return v;
+}
+
+template <class Stored>
+inline void store_first(Stored* p, Vector<typename Arithmetic<Stored>::type> v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) from_real(v[i], p[i]);
+}
+
+template <class Real> inline Real sum_lanes(Vector<Real> v) {
+  Real lanes[kLanes<Real>];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int width = kLanes<Real> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// Lane i of the result is lane Index::at(i) of a followed by b.
+template <class Real> struct IntOf { using type = int32_t; };
+template <> struct IntOf<double> { using type = int64_t; };
+
+template <class Real, class Index, size_t... lane>
+inline Vector<Real> permute(Vector<Real> a, Vector<Real> b, std::index_sequence<lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Index::at(lane)...);
+#else
+  typedef Vector<typename IntOf<Real>::type> Mask;
+  return __builtin_shuffle(a, b, Mask{Index::at(lane)...});
+#endif
+}
+
+template <class Real, class Index> inline Vector<Real> permute(Vector<Real> a, Vector<Real> b) {
+  return permute<Real, Index>(a, b, std::make_index_sequence<kLanes<Real>>{});
+}
+
+// Picks every third number, from the offset-th on, of three vectors: two vectors first, then the third.
+template <int lanes, int offset> struct EveryThirdOfTwo {
+  static constexpr int at(int i) { return 3 * i + offset < 2 * lanes ? 3 * i + offset : 0; }
+};
+template <int lanes, int offset> struct EveryThirdOfThird {
+  static constexpr int at(int i) {
+    return 3 * i + offset < 2 * lanes ? i : 3 * i + offset - lanes;
+  }
+};
+
+template <class Real, int offset>
+inline Vector<Real> every_third(Vector<Real> a, Vector<Real> b, Vector<Real> c) {
+  constexpr int lanes = kLanes<Real>;
+  return permute<Real, EveryThirdOfThird<lanes, offset>>(
+      permute<Real, EveryThirdOfTwo<lanes, offset>>(a, b), c);
+}
+
+// Sums of 3, of three vectors' consecutive numbers: one vector.
+template <class Real>
+inline Vector<Real> sum_threes(Vector<Real> a, Vector<Real> b, Vector<Real> c) {
+  return every_third<Real, 0>(a, b, c) + every_third<Real, 1>(a, b, c) +
+         every_third<Real, 2>(a, b, c);
+}
+
+// Sums of `taps` (a power of three) consecutive numbers of `taps` vectors: one vector.
+template <class Real, int taps> struct TapSums {
+  static Vector<Real> of(const Vector<Real>* v) {
+    constexpr int third = taps / 3;
+    return sum_threes<Real>(TapSums<Real, third>::of(v), TapSums<Real, third>::of(v + third),
+                            TapSums<Real, third>::of(v + 2 * third));
+  }
+};
+template <class Real> struct TapSums<Real, 1> {
+  static Vector<Real> of(const Vector<Real>* v) { return *v; }
+};
+
+// The inverse move: block `number` of `taps` vectors in which each lane of v stands `taps` times.
+template <int lanes, int taps, int number> struct RepeatedLane {
+  static constexpr int at(int i) { return (number * lanes + i) / taps; }
+};
+
+}  // namespace CZM_ARCH
+}  // namespace czm

@@ -1,0 +1,301 @@
+// The fused step over a range of work, for the instruction set that the including file selects.
+//
+// A filter is read twice: once for <W, W> and <dW, W>, and, while it is still in the cache, once for
+// the update. CZMG needs the sum over taps of dV alone, and dV is at hand in the second pass.
+#pragma once
+
+#include <cstdint>
+
+#include "../step_table.h"
+#include "simd.h"
+
+#include "../update_rule.h"
+
+namespace czm {
+inline namespace CZM_ARCH {
+
+// Weights between the running sums in Real and their totals in double.
+constexpr int64_t kSumBlock = 4096;
+// How far ahead of the update memory is fetched, in bytes, where filters are shorter than that.
+constexpr int64_t kPrefetchBytes = 4096;
+
+template <class Real> inline FilterRule<Vector<Real>> broadcast_rule(const FilterRule<Real>& rule) {
+  return {broadcast(rule.grad),       broadcast(rule.weight),
+          broadcast(rule.mean),       broadcast(rule.decay),
+          broadcast(rule.momentum),   broadcast(rule.one_minus_dampening),
+          broadcast(rule.keep),       broadcast(rule.rate),
+          rule.nesterov};
+}
+
+template <class Stored> struct Filter {
+  using Real = typename Arithmetic<Stored>::type;
+  Stored* weight;
+  const Stored* grad;
+  Stored* momentum;  // null without momentum
+  int64_t numel;
+  int64_t prefetch;  // weights from here to the next thing to fetch
+
+  Filter from(int64_t offset) const {
+    return {weight + offset, grad + offset, momentum ? momentum + offset : nullptr, numel - offset,
+            prefetch};
+  }
+};
+
+template <class Real> struct Reductions {
+  Real weight_weight;
+  Real grad_weight;
+};
+
+template <class Stored>
+Reductions<typename Arithmetic<Stored>::type> reduce(const Filter<Stored>& filter) {
+  using Real = typename Arithmetic<Stored>::type;
+  constexpr int lanes = kLanes<Real>;
+  double weight_weight = 0, grad_weight = 0;
+  for (int64_t begin = 0; begin < filter.numel; begin += kSumBlock) {
+    const int64_t end = begin + kSumBlock < filter.numel ? begin + kSumBlock : filter.numel;
+    Vector<Real> ww[4] = {}, gw[4] = {};
+    int64_t i = begin;
+    for (; i + 4 * lanes <= end; i += 4 * lanes) {
+      for (int k = 0; k < 4; ++k) {
+        const Vector<Real> w = load(filter.weight + i + k * lanes);
+        ww[k] = multiply_add(w, w, ww[k]);
+        gw[k] = multiply_add(load(filter.grad + i + k * lanes), w, gw[k]);
+      }
+    }
+    for (; i + lanes <= end; i += lanes) {
+      const Vector<Real> w = load(filter.weight + i);
+      ww[0] = multiply_add(w, w, ww[0]);
+      gw[0] = multiply_add(load(filter.grad + i), w, gw[0]);
+    }
+    if (i < end) {
+      const Vector<Real> w = load_first(filter.weight + i, end - i);
+      ww[1] = multiply_add(w, w, ww[1]);
+      gw[1] = multiply_add(load_first(filter.grad + i, end - i), w, gw[1]);
+    }
+    weight_weight += sum_lanes<Real>((ww[0] + ww[1]) + (ww[2] + ww[3]));
+    grad_weight += sum_lanes<Real>((gw[0] + gw[1]) + (gw[2] + gw[3]));
+  }
+  return {static_cast<Real>(weight_weight), static_cast<Real>(grad_weight)};
+}
+
+template <class Stored>
+inline void prefetch(const Filter<Stored>& filter, int64_t i) {
+  __builtin_prefetch(filter.grad + i + filter.prefetch, 0, 2);
+  __builtin_prefetch(filter.weight + i + filter.prefetch, 1, 2);
+  if (filter.momentum)
+    __builtin_prefetch(filter.momentum + i + kPrefetchBytes / int64_t(sizeof(Stored)), 1, 2);
+}
+
+template <class Stored, class T>
+inline void update_vector(const Filter<Stored>& filter, int64_t i, const FilterRule<T>& rule, T grad,
+                          T removed) {
+  T weight = load(filter.weight + i);
+  T momentum = filter.momentum ? load(filter.momentum + i) : T{};
+  update_weight(rule, grad, removed, weight, momentum);
+  store(filter.weight + i, weight);
+  if (filter.momentum) store(filter.momentum + i, momentum);
+}
+
+template <class Stored, class T>
+inline T grad_vector(const Filter<Stored>& filter, int64_t i, const FilterRule<T>& rule) {
+  return direction_grad(rule, load(filter.grad + i), load(filter.weight + i));
+}
+
+template <class Stored, class T>
+inline T first_of_grad_vector(const Filter<Stored>& filter, int64_t i, const FilterRule<T>& rule,
+                              int64_t count) {
+  return direction_grad(rule, load_first(filter.grad + i, count),
+                        load_first(filter.weight + i, count));
+}
+
+template <class Stored, class T>
+inline void update_first_of_vector(const Filter<Stored>& filter, int64_t i,
+                                   const FilterRule<T>& rule, T removed, int64_t count) {
+  const T grad = first_of_grad_vector(filter, i, rule, count);
+  T weight = load_first(filter.weight + i, count);
+  T momentum = filter.momentum ? load_first(filter.momentum + i, count) : T{};
+  update_weight(rule, grad, removed, weight, momentum);
+  store_first(filter.weight + i, weight, count);
+  if (filter.momentum) store_first(filter.momentum + i, momentum, count);
+}
+
+// All weights of `filter`, with the same mean removed from each.
+template <class Stored, class T>
+inline void update_with_mean(const Filter<Stored>& filter, const FilterRule<T>& rule, T removed) {
+  constexpr int lanes = kLanes<typename Arithmetic<Stored>::type>;
+  int64_t i = 0;
+  for (; i + lanes <= filter.numel; i += lanes) {
+    prefetch(filter, i);
+    update_vector(filter, i, rule, grad_vector(filter, i, rule), removed);
+  }
+  if (i < filter.numel) update_first_of_vector(filter, i, rule, removed, filter.numel - i);
+}
+
+// One channel after the other, each with its own mean: any number of taps.
+template <class Stored, class T>
+void update_channels(const Filter<Stored>& filter, const FilterRule<T>& rule, int64_t taps) {
+  using Real = typename Arithmetic<Stored>::type;
+  constexpr int lanes = kLanes<Real>;
+  for (int64_t begin = 0; begin < filter.numel; begin += taps) {
+    Filter<Stored> channel = filter.from(begin);
+    channel.numel = taps;
+    T sum{};
+    int64_t i = 0;
+    for (; i + lanes <= taps; i += lanes) sum += grad_vector(channel, i, rule);
+    // Lanes beyond the last tap are zero, and so is their gradient.
+    if (i < taps) sum += first_of_grad_vector(channel, i, rule, taps - i);
+    update_with_mean(channel, rule, rule.mean * broadcast(sum_lanes<Real>(sum)));
+  }
+}
+
+template <class Stored, class T, int taps, size_t... number>
+inline void update_channel_block(const Filter<Stored>& filter, const FilterRule<T>& rule,
+                                 std::index_sequence<number...>) {
+  using Real = typename Arithmetic<Stored>::type;
+  constexpr int lanes = kLanes<Real>;
+  T grad[taps];
+  for (int k = 0; k < taps; ++k) {
+    prefetch(filter, k * lanes);
+    grad[k] = grad_vector(filter, k * lanes, rule);
+  }
+  const T mean = rule.mean * TapSums<Real, taps>::of(grad);
+  (update_vector(filter, int64_t(number) * lanes, rule, grad[number],
+                 permute<Real, RepeatedLane<lanes, taps, int(number)>>(mean, mean)),
+   ...);
+}
+
+// As many channels at a time as a vector has lanes; the taps of a channel are consecutive.
+template <class Stored, class T, int taps>
+void update_channel_blocks(const Filter<Stored>& filter, const FilterRule<T>& rule) {
+  constexpr int lanes = kLanes<typename Arithmetic<Stored>::type>;
+  int64_t i = 0;
+  for (; i + taps * lanes <= filter.numel; i += taps * lanes)
+    update_channel_block<Stored, T, taps>(filter.from(i), rule, std::make_index_sequence<taps>{});
+  update_channels(filter.from(i), rule, taps);
+}
+
+// channels_last: the channels of a tap are consecutive.
+template <class Stored, class T>
+void update_channels_last(const Filter<Stored>& filter, const FilterRule<T>& rule, int64_t taps) {
+  constexpr int lanes = kLanes<typename Arithmetic<Stored>::type>;
+  const int64_t channels = filter.numel / taps;
+  int64_t channel = 0;
+  for (; channel + lanes <= channels; channel += lanes) {
+    T sum{};
+    for (int64_t tap = 0; tap < taps; ++tap)
+      sum += grad_vector(filter, tap * channels + channel, rule);
+    const T removed = rule.mean * sum;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t i = tap * channels + channel;
+      prefetch(filter, i);
+      update_vector(filter, i, rule, grad_vector(filter, i, rule), removed);
+    }
+  }
+  if (channel == channels) return;
+  const int64_t count = channels - channel;
+  T sum{};
+  for (int64_t tap = 0; tap < taps; ++tap)
+    sum += first_of_grad_vector(filter, tap * channels + channel, rule, count);
+  for (int64_t tap = 0; tap < taps; ++tap)
+    update_first_of_vector(filter, tap * channels + channel, rule, rule.mean * sum, count);
+}
+
+template <class Stored>
+void update_filter(const Filter<Stored>& filter, const TensorRow& row,
+                   const HyperParameters<typename Arithmetic<Stored>::type>& hyper, int64_t number) {
+  using Real = typename Arithmetic<Stored>::type;
+  using T = Vector<Real>;
+  Reductions<Real> sums{};
+  if (row.reduces) sums = reduce(filter);
+  Real* log_scale = row.log_scale ? reinterpret_cast<Real*>(row.log_scale) + number : nullptr;
+  Real* log_scale_momentum =
+      row.log_scale_momentum_buffer
+          ? reinterpret_cast<Real*>(row.log_scale_momentum_buffer) + number
+          : nullptr;
+  const FilterRule<T> rule = broadcast_rule(filter_rule(
+      hyper, sums.weight_weight, sums.grad_weight, row.taps, log_scale, log_scale_momentum));
+  if (rule.mean[0] == 0) {
+    update_with_mean(filter, rule, T{});
+  } else if (row.channels_last) {
+    update_channels_last(filter, rule, row.taps);
+  } else if (row.taps == 9) {
+    update_channel_blocks<Stored, T, 9>(filter, rule);
+  } else if (row.taps == 3) {
+    update_channel_blocks<Stored, T, 3>(filter, rule);
+  } else if (row.taps == 27) {
+    update_channel_blocks<Stored, T, 27>(filter, rule);
+  } else {
+    update_channels(filter, rule, row.taps);
+  }
+}
+
+template <class Real>
+HyperParameters<Real> hyper_parameters(const TensorRow& row, const GroupRow& group,
+                                       double inverse_scale) {
+  // Without momentum torch.optim.SGD ignores dampening, and so it does at a tensor's first update.
+  const bool first = row.step && *reinterpret_cast<const float*>(row.step) == 0;
+  const bool dampened = row.momentum_buffer && !first;
+  return {Real(group.lr),
+          row.momentum_buffer ? Real(group.momentum) : Real(0),
+          dampened ? Real(1 - group.dampening) : Real(1),
+          Real(group.weight_decay),
+          Real(group.zmg),
+          Real(group.luma),
+          Real(group.maximize != 0 ? -inverse_scale : inverse_scale),
+          group.nesterov != 0};
+}
+
+template <class Stored>
+void step_tensor(const TensorRow& row, int64_t grad, const GroupRow& group, double inverse_scale,
+                 int64_t first_filter, int64_t last_filter) {
+  using Real = typename Arithmetic<Stored>::type;
+  const auto hyper = hyper_parameters<Real>(row, group, inverse_scale);
+  const int64_t least_prefetch = kPrefetchBytes / int64_t(sizeof(Stored));
+  const Filter<Stored> tensor{
+      reinterpret_cast<Stored*>(row.param), reinterpret_cast<const Stored*>(grad),
+      reinterpret_cast<Stored*>(row.momentum_buffer), row.numel,
+      row.filter_numel > least_prefetch ? row.filter_numel : least_prefetch};
+  for (int64_t number = first_filter; number < last_filter; ++number) {
+    Filter<Stored> filter = tensor.from(number * row.filter_numel);
+    if (filter.numel > row.filter_numel) filter.numel = row.filter_numel;
+    update_filter(filter, row, hyper, number);
+  }
+}
+
+// Updates the filters whose first unit of work lies in [begin, end).
+void step_range(const TensorRow* rows, const int64_t* grads, int64_t row_count,
+                const GroupRow* groups, double inverse_scale, int64_t begin, int64_t end) {
+  int64_t low = 0, high = row_count;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (rows[middle].first_work <= begin ? low : high) = middle;
+  }
+  for (; low < row_count && rows[low].first_work < end; ++low) {
+    const TensorRow& row = rows[low];
+    const int64_t filters = (row.numel + row.filter_numel - 1) / row.filter_numel;
+    const int64_t work = row.filter_numel + kFilterWork;
+    const auto filter_from = [&](int64_t unit) {
+      const int64_t number = (unit - row.first_work + work - 1) / work;
+      return number < filters ? number : filters;
+    };
+    const int64_t first_filter = begin > row.first_work ? filter_from(begin) : 0;
+    const int64_t last_filter = filter_from(end);
+    const GroupRow& group = groups[row.group];
+    switch (row.dtype) {
+      case kFloat32:
+        step_tensor<float>(row, grads[low], group, inverse_scale, first_filter, last_filter);
+        break;
+      case kFloat64:
+        step_tensor<double>(row, grads[low], group, inverse_scale, first_filter, last_filter);
+        break;
+      case kBFloat16:
+        step_tensor<BFloat16>(row, grads[low], group, inverse_scale, first_filter, last_filter);
+        break;
+      default:
+        step_tensor<Float16>(row, grads[low], group, inverse_scale, first_filter, last_filter);
+    }
+  }
+}
+
+}  // namespace CZM_ARCH
+}  // namespace czm

@@ -1,0 +1,90 @@
+// The update of one filter: what FusedCZMSGD does to W, its momentum and its log-scale g.
+// Host and device compile this same text; see "The identity that makes it free" in the README.
+// A file that instantiates it for vectors includes their multiply_add first.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "arithmetic.h"
+
+namespace czm {
+inline namespace CZM_ARCH {
+
+template <class Real>
+struct HyperParameters {
+  Real lr;
+  Real momentum;
+  Real one_minus_dampening;
+  Real weight_decay;
+  Real zmg;
+  Real luma;
+  Real grad_factor;  // the sign of maximize over the scale of GradScaler
+  bool nesterov;
+};
+
+// The coefficients of the weights' update. T is a number, or a vector of equal numbers.
+template <class T>
+struct FilterRule {
+  T grad;          // dV takes grad * dW
+  T weight;        // and weight * W, the anchor's gradient
+  T mean;          // times the sum over taps is what CZMG removes
+  T decay;         // times W is added after CZMG
+  T momentum;
+  T one_minus_dampening;
+  T keep;          // W' = keep * W + rate * d
+  T rate;
+  bool nesterov;
+};
+
+// From the two reductions <W, W> and <dW, W> to the rule of this filter; advances g in place.
+// log_scale is null for a filter that is not exp-scaled, its momentum null without momentum.
+template <class Real>
+CZM_INLINE FilterRule<Real> filter_rule(const HyperParameters<Real>& hyper, Real weight_weight,
+                                        Real grad_weight, int64_t taps, Real* log_scale,
+                                        Real* log_scale_momentum) {
+  const Real g = log_scale ? *log_scale : Real(0);
+  const Real scale = log_scale ? std::exp(g) : Real(1);
+  const Real norm = std::sqrt(weight_weight) / scale;
+  FilterRule<Real> rule;
+  rule.grad = hyper.grad_factor * scale;
+  rule.weight =
+      norm > Real(0) ? Real(2) * hyper.luma * ((norm - Real(1)) / norm) / scale : Real(0);
+  rule.mean = taps > 1 ? hyper.zmg / static_cast<Real>(taps) : Real(0);
+  rule.decay = hyper.weight_decay / scale;
+  rule.momentum = hyper.momentum;
+  rule.one_minus_dampening = hyper.one_minus_dampening;
+  rule.keep = Real(1);
+  rule.nesterov = hyper.nesterov;
+  if (log_scale) {
+    const Real dg = hyper.grad_factor * grad_weight;
+    Real m = log_scale_momentum ? *log_scale_momentum : Real(0);
+    m = multiply_add(hyper.one_minus_dampening, dg, hyper.momentum * m);
+    if (log_scale_momentum) *log_scale_momentum = m;
+    const Real direction = hyper.nesterov ? multiply_add(hyper.momentum, m, dg) : m;
+    *log_scale = multiply_add(-hyper.lr, direction, g);
+    rule.keep = std::exp(*log_scale - g);
+  }
+  rule.rate = -hyper.lr * (scale * rule.keep);
+  return rule;
+}
+
+// dV before CZMG: the data gradient and the anchor's.
+template <class T>
+CZM_INLINE T direction_grad(const FilterRule<T>& rule, T grad, T weight) {
+  return multiply_add(rule.grad, grad, rule.weight * weight);
+}
+
+template <class T>
+CZM_INLINE void update_weight(const FilterRule<T>& rule, T direction_grad, T removed_mean,
+                              T& weight, T& momentum_buffer) {
+  const T grad = multiply_add(rule.decay, weight, direction_grad - removed_mean);
+  momentum_buffer =
+      multiply_add(rule.one_minus_dampening, grad, rule.momentum * momentum_buffer);
+  const T direction =
+      rule.nesterov ? multiply_add(rule.momentum, momentum_buffer, grad) : momentum_buffer;
+  weight = multiply_add(rule.rate, direction, rule.keep * weight);
+}
+
+}  // namespace CZM_ARCH
+}  // namespace czm

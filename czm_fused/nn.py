@@ -1,0 +1,192 @@
+"""Convolutions with filters V of unit norm and scales exp(g), and the residual unit made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from czm_fused import functional
+from czm_fused.init import CONVOLUTIONS, czm_weight_
+from czm_fused.ops import exp_scale as ops
+from czm_fused.ops.tracing import runs_plain_torch
+
+
+def _filter_norms(weight: Tensor) -> Tensor:
+    arithmetic = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(arithmetic).unsqueeze(-1).flatten(1).norm(dim=1)
+
+
+def _directions(weight: Tensor, norms: Tensor) -> Tensor:
+    divisors = torch.where(norms > 0, norms, 1).view(-1, *[1] * (weight.dim() - 1))
+    return (weight / divisors).to(weight.dtype)
+
+
+class _CZMConv:
+    """What `CZMConv1d`, `CZMConv2d` and `CZMConv3d` add to torch's convolutions."""
+
+    def __init__(self, *args: Any, stem: bool = False, **kwargs: Any) -> None:
+        # torch's constructor calls reset_parameters, which asks for it.
+        self.stem = stem
+        super().__init__(*args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """Initialise the weight by CZMI (`czm_fused.init.czm_weight_`) and the bias to 0."""
+        czm_weight_(self.weight, zero_mean=not self.stem)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @property
+    def direction(self) -> Tensor:
+        """V = W / ||W||, each filter divided by its norm: a detached copy of the weight's shape."""
+        weight = self.weight.detach()
+        return _directions(weight, _filter_norms(weight))
+
+    @property
+    def scale(self) -> Tensor:
+        """exp(g) = ||W||, the norm of each filter: a detached tensor of shape (out_channels,)."""
+        return _filter_norms(self.weight.detach()).to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        """Return torch's description of the convolution, and whether it is the stem."""
+        return super().extra_repr() + (", stem=True" if self.stem else "")
+
+
+_DOCSTRING = """Convolve as `torch.nn.{name}` does, its weight W = exp(g) V initialised by CZMI.
+
+    A drop-in for `torch.nn.{name}`: the same arguments, the same parameters, the same `state_dict`;
+    `weight` is the materialised W (paper sections 3.1 and 3.2), trained by `FusedCZMSGD`. The bias
+    starts at 0.
+
+    Args:
+        stem: this convolution reads the image: its initialisation keeps the means of its slices,
+            and `czm_param_groups` puts it into the group of that name.
+
+    All other arguments, and the errors, are those of `torch.nn.{name}`.
+    """
+
+
+class CZMConv1d(_CZMConv, nn.Conv1d):
+    __doc__ = _DOCSTRING.format(name="Conv1d")
+
+
+class CZMConv2d(_CZMConv, nn.Conv2d):
+    __doc__ = _DOCSTRING.format(name="Conv2d")
+
+
+class CZMConv3d(_CZMConv, nn.Conv3d):
+    __doc__ = _DOCSTRING.format(name="Conv3d")
+
+
+class ExpScale(nn.Module):
+    """Materialise W[f] = exp(g[f]) * V[f] (paper section 3.1) in one fused operation."""
+
+    def forward(self, direction: Tensor, log_scale: Tensor) -> Tensor:
+        """Return W of the shape of `direction` (filters, ...); `log_scale` has shape (filters,)."""
+        if runs_plain_torch(direction.device):
+            return ops.reference(direction, log_scale)
+        return ops.ExpScale.apply(direction, log_scale)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return V of unit norm and g = log ||W||, float32 at least; V = 0 and g = 0 where W = 0."""
+        norms = _filter_norms(weight)
+        return _directions(weight, norms), torch.where(norms > 0, norms, 1).log()
+
+
+def exp_scale(conv: nn.Module) -> nn.Module:
+    """Train V and g of a convolution as parameters of their own, and return the convolution.
+
+    The explicit form of W[f] = exp(g[f]) * V[f] (paper section 3.1) for any other optimizer: a
+    `torch.nn.utils.parametrize` parametrization whose parameters are V,
+    `conv.parametrizations.weight.original0`, and g, `conv.parametrizations.weight.original1`, of
+    shape (filters,). W is kept, to rounding. `FusedCZMSGD` needs none of this.
+    `torch.nn.utils.parametrize.remove_parametrizations(conv, "weight")` leaves a plain convolution.
+
+    Args:
+        conv: a convolution, or any module whose `weight` has its filters along dimension 0.
+
+    Raises:
+        ValueError: `conv` has no weight with filters along dimension 0, is a transposed convolution,
+            is lazy and has no weight yet, or is parametrized already.
+    """
+    if isinstance(conv, nn.modules.conv._ConvTransposeNd):
+        raise ValueError(
+            f"conv must have its filters along dimension 0, but {type(conv).__name__} has its input "
+            "channels there"
+        )
+    if parametrize.is_parametrized(conv, "weight"):
+        raise ValueError(
+            "the weight of conv is parametrized already; "
+            'torch.nn.utils.parametrize.remove_parametrizations(conv, "weight") undoes that'
+        )
+    weight = getattr(conv, "weight", None)
+    if is_lazy(weight):
+        raise ValueError("the lazy module conv has no weight yet: run a forward pass first")
+    if not isinstance(weight, nn.Parameter) or weight.dim() < 1:
+        raise ValueError(
+            "conv must have a parameter `weight` of shape (filters, ...), as the modules "
+            f"{', '.join(c.__name__ for c in CONVOLUTIONS)} have, but was {type(conv).__name__}"
+        )
+    parametrize.register_parametrization(conv, "weight", ExpScale())
+    return conv
+
+
+class CZMBasicBlock(nn.Module):
+    """Compute the residual unit of CIFAR ResNets without normalisation.
+
+    relu(conv3x3(relu(conv3x3(x))) + shortcut(x)) * u, where the shortcut has no parameters (He et
+    al., option A: subsampled by the stride, missing channels are zero) and u is the noise on the
+    input of the next unit (paper section 4.4), drawn in training only. It keeps two activations for
+    backward: the inputs of its convolutions.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output, `in_channels` or more.
+        stride: of the first convolution and of the shortcut, 1 by default.
+        amplitude: half the width of the noise on the output, in [0, 1); 0 (the default) in the
+            last unit of a network. Also an attribute, which may be set at any time.
+        bias: whether the convolutions have biases; False by default, as in the authors' runs.
+
+    Raises:
+        ValueError: `out_channels` is less than `in_channels`, or, in `forward`, `amplitude` is
+            outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        amplitude: float = 0.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if out_channels < in_channels:
+            raise ValueError(
+                f"out_channels must be at least in_channels, {in_channels}, but was {out_channels}"
+            )
+        self.amplitude = amplitude
+        self.stride = stride
+        self.conv1 = CZMConv2d(in_channels, out_channels, 3, stride, padding=1, bias=bias)
+        self.conv2 = CZMConv2d(out_channels, out_channels, 3, padding=1, bias=bias)
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """Return `x` subsampled by the stride, with zeros for the channels that it lacks."""
+        missing = self.conv2.out_channels - x.shape[1]
+        if self.stride != 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the unit's output for `x` of shape (N, in_channels, H, W)."""
+        branch = self.conv2(F.relu(self.conv1(x), inplace=True))
+        return functional.add_relu_noise(branch, self.shortcut(x), self.amplitude, self.training)
+
+    def extra_repr(self) -> str:
+        """Return the settings that the children do not show."""
+        return f"amplitude={self.amplitude}"

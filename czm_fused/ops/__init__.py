@@ -1,0 +1,1 @@
+"""The operators: schemas, backend choice and kernels, one module an operator."""

@@ -1,0 +1,134 @@
+"""The paper's equations in plain torch: the oracle of every kernel, and the `reference` backend.
+
+Written from the paper (Ruff, Beck, Bach, arXiv 1911.13173), not from the kernels: `V` and `exp(g)`
+are formed, stepped and multiplied again, where the kernels never form `V`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the arithmetic on tensors of `dtype`: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def filter_norms(weight: Tensor) -> Tensor:
+    """Return the Euclidean norm of each filter `weight[f]`, shape `(out_channels,)`.
+
+    In `compute_dtype(weight.dtype)`.
+    """
+    rows = weight.reshape(weight.shape[0], -1).to(compute_dtype(weight.dtype))
+    return torch.linalg.vector_norm(rows, dim=1)
+
+
+def initial_log_scale(weight: Tensor) -> Tensor:
+    """Return `g = log ‖W[f]‖`, the log-scale at which every direction has unit norm.
+
+    A filter of norm zero has no direction; its `g` is 0.
+    """
+    norms = filter_norms(weight)
+    return torch.where(norms > 0, norms, 1.0).log()
+
+
+def subtract_spatial_mean(grad: Tensor, zmg: float | Tensor) -> Tensor:
+    """Return `grad - zmg * mean_over_taps(grad)`, the paper's CZMG (§3.3).
+
+    Args:
+        grad: `(out_channels, in_channels / groups, *kernel_size)`.
+        zmg: the share of the mean to remove, in [0, 1]. Slices with one tap have no mean to remove.
+    """
+    taps = tuple(range(2, grad.dim()))
+    if grad[0, 0].numel() <= 1:
+        return grad
+    return grad - zmg * grad.mean(dim=taps, keepdim=True)
+
+
+def step_(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    log_scale: Tensor | None = None,
+    log_scale_momentum_buffer: Tensor | None = None,
+    *,
+    lr: float | Tensor,
+    momentum: float | Tensor = 0.0,
+    dampening: float | Tensor = 0.0,
+    weight_decay: float | Tensor = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    zmg: float | Tensor = 0.0,
+    luma: float | Tensor = 0.0,
+) -> None:
+    """Update one parameter and its state in place by one step of the paper's optimizer.
+
+    With `V = W / exp(g)`, for every filter (§3.1, §3.3, §3.4)::
+
+        dV = exp(g) * dW + d/dV luma * (‖V‖ - 1)²,    dg = <dW, W>
+        dV = dV - zmg * mean_over_taps(dV) + weight_decay * V
+        m  = momentum * m + (1 - dampening) * dV,     V = V - lr * m
+        mg = momentum * mg + (1 - dampening) * dg,    g = g - lr * mg
+        W  = exp(g) * V
+
+    Args:
+        param: `W`, `(out_channels, in_channels / groups, *kernel_size)`; any shape if nothing but
+            plain momentum SGD is asked of it (`log_scale` None, `zmg` and `luma` 0).
+        grad: `dW`, of the same shape.
+        momentum_buffer: `m`, of the same shape, or None without momentum.
+        log_scale: `g`, `(out_channels,)`, or None for filters that are not exp-scaled.
+        log_scale_momentum_buffer: `mg`, `(out_channels,)`, or None.
+    """
+    dtype = compute_dtype(param.dtype)
+    weight, dweight = param.to(dtype), grad.to(dtype)
+    if maximize:
+        dweight = -dweight
+
+    direction, direction_grad = weight, dweight
+    if log_scale is not None:
+        scale = _per_filter(log_scale.exp(), weight)
+        direction, direction_grad = weight / scale, dweight * scale
+        log_scale_grad = (dweight * weight).reshape(weight.shape[0], -1).sum(dim=1)
+        step = _momentum_step(
+            log_scale_grad, log_scale_momentum_buffer, momentum, dampening, nesterov
+        )
+        log_scale.sub_(lr * step)
+
+    if _nonzero(luma):
+        norms = _per_filter(filter_norms(direction), direction)
+        # The gradient of (‖V‖ - 1)²; a filter of norm zero has none.
+        anchor = torch.where(norms > 0, 2 * (norms - 1) / norms, 0.0) * direction
+        direction_grad = direction_grad + luma * anchor
+    if _nonzero(zmg) and param.dim() > 2:
+        direction_grad = subtract_spatial_mean(direction_grad, zmg)
+    if _nonzero(weight_decay):
+        direction_grad = direction_grad + weight_decay * direction
+
+    step = _momentum_step(direction_grad, momentum_buffer, momentum, dampening, nesterov)
+    direction = direction - lr * step
+    if log_scale is not None:
+        direction = _per_filter(log_scale.exp(), direction) * direction
+    param.copy_(direction)
+
+
+def _nonzero(value: float | Tensor) -> bool:
+    return isinstance(value, Tensor) or value != 0
+
+
+def _per_filter(values: Tensor, weight: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (weight.dim() - 1))
+
+
+def _momentum_step(
+    grad: Tensor,
+    buffer: Tensor | None,
+    momentum: float | Tensor,
+    dampening: float | Tensor,
+    nesterov: bool,
+) -> Tensor:
+    if buffer is None:
+        return grad
+    averaged = momentum * buffer.to(grad.dtype) + (1 - dampening) * grad
+    buffer.copy_(averaged)
+    return grad + momentum * averaged if nesterov else averaged

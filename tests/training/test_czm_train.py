@@ -1,0 +1,266 @@
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import read_metrics
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from czm_fused.training import checkpoint
+from czm_fused.training.loop import Trainer
+
+METRICS = {
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "filter_norms",
+    "images_per_second",
+    "seconds",
+}
+
+
+@pytest.mark.parametrize("method", ["czmig", "czmi", "bn", "plain"])
+def test_run_leaves_metrics_summary_and_pictures(train, tmp_path, method):
+    status, out, err = train("--method", method, "--seed", "5", "--milestones", "3")
+    assert status == 0
+    folder = tmp_path / "run"
+    records = read_metrics(folder)
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        assert record.keys() == METRICS
+        assert 0 <= record["test_accuracy"] <= 100
+        norms = list(record["filter_norms"].values())
+        assert norms == sorted(norms)
+
+    summary = json.loads((folder / "summary.json").read_text())
+    expected = {"method": method, "depth": 8, "dataset": "digits", "seed": 5, "epochs": 4}
+    assert {name: summary[name] for name in expected} == expected
+    assert {"lr", "zmg", "noise", "seconds"} <= summary.keys()
+    assert summary["test_accuracy"] == records[-1]["test_accuracy"]
+    rates = [record["lr"] for record in records]
+    assert rates == pytest.approx([summary["lr"]] * 3 + [summary["lr"] / 10], rel=1e-12)
+
+    for name in ("accuracy.png", "filters.png"):
+        with Image.open(folder / name) as image:
+            image.load()
+    assert f"{summary['test_accuracy']:.2f} % test accuracy in the final epoch" in out
+    assert checkpoint.load(folder)["settings"]["method"] == method
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_run_reports_the_final_epoch_and_never_the_best(train, tmp_path, monkeypatch):
+    accuracies = iter([20.0, 90.0, 30.0, 10.0])
+    monkeypatch.setattr(Trainer, "test", lambda self: (1.0, next(accuracies)))
+    _, out, _ = train()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_accuracy"] == 10.0
+    assert "10.00 % test accuracy" in out
+
+
+def test_run_writes_tensorboard_events(train, tmp_path):
+    train()
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    for name in ("train/loss", "test/accuracy", "lr", "filter_norms/p50"):
+        assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4]
+    expected = [record["test_accuracy"] for record in read_metrics(tmp_path / "run")]
+    actual = [event.value for event in events.Scalars("test/accuracy")]
+    assert actual == pytest.approx(expected, rel=2**-23)  # events hold float32
+
+
+def test_run_is_determined_by_its_seed(train, tmp_path):
+    weights = []
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert train("--seed", seed, out=tmp_path / out)[0] == 0
+        weights.append(checkpoint.load(tmp_path / out)["trainer"]["model"]["stem.weight"])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_run_learns_the_digits_it_trains_on(train, tmp_path):
+    options = ["--epochs", "15", "--batch-size", "32", "--crop-padding", "0", "--noise", "0"]
+    assert train(*options)[0] == 0
+    records = read_metrics(tmp_path / "run")
+    assert records[-1]["train_accuracy"] > 90
+    assert records[-1]["filter_norms"]["min"] > 0.1
+
+
+def test_run_on_an_image_folder(train, tmp_path, image_tree):
+    options = ["--dataset", "imagefolder", "--data-dir", image_tree, "--batch-size", "4"]
+    status, _, err = train(*options)
+    assert status == 0, err
+    state = checkpoint.load(tmp_path / "run")["trainer"]["model"]
+    assert state["stem.weight"].shape[1] == 3
+    assert state["classifier.weight"].shape[0] == 2
+
+
+def test_head_and_anchor_settings_reach_the_optimizer(tmp_path):
+    from czm_fused.training import data
+    from czm_fused.training.settings import resolve
+
+    settings = resolve({"depth": 8, "lr": 0.3, "head_lr": 0.05, "zmg": 0.5, "luma": 1e-3})
+    trainer = Trainer(settings, data.digits(), torch.device("cpu"))
+    groups = {group["name"]: group for group in trainer.optimizer.param_groups}
+    assert {name: (g["lr"], g["zmg"], g["luma"], g["exp_scale"]) for name, g in groups.items()} == {
+        "stem": (0.3, 0.0, 1e-3, True),
+        "spatial": (0.3, 0.5, 1e-3, True),
+        "rest": (0.05, 0.0, 1e-3, False),
+    }
+    assert trainer.lr == 0.3
+
+
+def test_every_training_image_is_seen_once_an_epoch(monkeypatch):
+    from czm_fused.training import data
+    from czm_fused.training.settings import resolve
+
+    settings = resolve({"depth": 8, "batch_size": 128, "crop_padding": 0})
+    digits = data.digits()
+    trainer = Trainer(settings, digits, torch.device("cpu"))
+    seen = []
+
+    def look(self, pixels, labels):
+        seen.append(pixels)
+        return torch.tensor(1.0), torch.nn.functional.one_hot(labels, 10)
+
+    monkeypatch.setattr(Trainer, "_train_step", look)
+    assert trainer.train_epoch() == (1.0, 100.0)
+    assert [len(pixels) for pixels in seen] == [128, 128, 44]
+    rows = torch.cat(seen).flatten(1).tolist()
+    assert sorted(rows) == sorted(digits.train.pixels.flatten(1).tolist())
+    assert rows != digits.train.pixels.flatten(1).tolist()
+
+
+def fails(train, tmp_path, *options, **keywords):
+    """Run a command that must fail before it writes anything; return its one line."""
+    status, out, err = train(*options, **keywords)
+    assert (status, out) == (2, "")
+    assert err.startswith("czm-train: error: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    return err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--depth", "21"], ["--depth", "21", "nearest is 20"]),
+        (["--dataset", "imagefolder"], ["--data-dir"]),
+        (["--dataset", "imagefolder", "--data-dir", "/nowhere"], ["/nowhere"]),
+        (["--dataset", "cifar10", "--data-dir", "/nowhere"], ["/nowhere", "--download"]),
+        (["--device", "abacus"], ["--device abacus", "not available"]),
+        (["--device", "meta"], ["--device meta", "not available"]),
+        (["--backend", "cuda"], ["cuda"]),
+        (["--lr", "-1"], ["lr", "-1"]),
+        (["--zmg", "1.5"], ["zmg", "1.5"]),
+        (["--noise", "1"], ["noise", "1"]),
+        (["--method", "bn", "--zmg", "0.5"], ["--zmg", "bn"]),
+        (["--resume"], ["no checkpoint", "--resume"]),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(train, tmp_path, options, words):
+    err = fails(train, tmp_path, *options)
+    assert all(word in err for word in words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_missing_cuda_is_bad_input(train, tmp_path):
+    assert "--device cuda is not available" in fails(train, tmp_path, "--device", "cuda")
+
+
+def test_broken_image_is_bad_input(train, tmp_path, image_tree):
+    (image_tree / "test" / "dog" / "0.png").write_bytes(b"broken")
+    err = fails(train, tmp_path, "--dataset", "imagefolder", "--data-dir", image_tree)
+    assert os.path.join("dog", "0.png") in err
+
+
+@pytest.mark.parametrize("options", [["--depth", "x"], ["--lr", "nan"], ["--method", "sgd"]])
+def test_malformed_option_is_bad_input(train, tmp_path, options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train(*options)
+    assert caught.value.code == 2
+    assert options[0] in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_does_not_replace_another_unasked(train, tmp_path):
+    assert train()[0] == 0
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    status, _, err = train("--seed", "1")
+    assert status == 2
+    assert "--resume" in err and "--overwrite" in err
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert train("--seed", "1", "--overwrite")[0] == 0
+    assert checkpoint.load(tmp_path / "run")["settings"]["seed"] == 1
+    assert len(list((tmp_path / "run").glob("events.*"))) == 1
+
+
+def test_resume_refuses_a_checkpoint_that_does_not_fit(train, tmp_path):
+    assert train("--epochs", "1")[0] == 0
+    path = tmp_path / "run" / "checkpoint.pt"
+    content = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+
+    for options in (["--depth", "14"], ["--method", "bn"], ["--lr", "0.2"]):
+        status, _, err = train("--resume", *options, quick=[])
+        assert status == 2
+        assert options[0] in err
+
+    state["settings"]["depth"] = 14
+    torch.save(state, path)
+    status, _, err = train("--resume", quick=[])
+    assert status == 2
+    assert "another network" in err and err.count("\n") == 1
+
+    state["settings"]["depth"] = 8
+    state["trainer"]["device_type"] = "cuda"
+    torch.save(state, path)
+    status, _, err = train("--resume", quick=[])
+    assert status == 2
+    assert "--device cuda" in err
+
+    path.write_bytes(content[:-100])
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    status, _, err = train("--resume", quick=[])
+    assert status == 2
+    assert "truncated" in err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize("method", ["czmig", "bn"])
+def test_diverging_run_stops_and_keeps_the_last_checkpoint(train, tmp_path, monkeypatch, method):
+    whole_step = Trainer._train_step
+    calls = iter(range(100))
+
+    def step(self, pixels, labels):
+        loss, outputs = whole_step(self, pixels, labels)
+        return (loss * math.nan if next(calls) == 3 else loss), outputs
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    status, _, err = train("--method", method)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "the loss became nan in epoch 2/4, step 2" in err
+    assert "holds the run after epoch 1" in err
+    assert checkpoint.load(tmp_path / "run")["trainer"]["epoch"] == 1
+    assert len(read_metrics(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("method", ["czmig", "bn", "plain"])
+def test_absurd_learning_rate_diverges_with_a_message(train, method):
+    status, _, err = train("--method", method, "--lr", "1e30")
+    assert status == 2
+    assert "the loss became" in err
+
+
+def test_module_and_help():
+    command = [sys.executable, "-m", "czm_fused.training", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0
+    for name in ("method", "lr", "zmg", "luma", "noise", "epochs", "milestones", "resume", "out"):
+        assert f"--{name}" in result.stdout

@@ -1,0 +1,124 @@
+"""A run that dies and is resumed ends like one that never died, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import QUICK, assert_same, read_metrics, without_times
+
+from czm_fused.training import checkpoint
+from czm_fused.training.loop import Trainer
+
+STEPS_AN_EPOCH = 2
+
+
+def interrupt_at(monkeypatch, step_to_die_in):
+    """Let Ctrl-C arrive in the middle of a training step, counted from 0 over all epochs."""
+    whole_step = Trainer._train_step
+    steps = iter(range(step_to_die_in + 1))
+
+    def step(self, pixels, labels):
+        result = whole_step(self, pixels, labels)
+        if next(steps) == step_to_die_in:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+
+
+def state_of(folder):
+    state = checkpoint.load(folder)
+    return {"trainer": state["trainer"], "history": without_times(state["history"])}
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs_done"), [("czmig", 0), ("czmig", 2), ("czmig", 3), ("bn", 2)]
+)
+def test_resume_equals_uninterrupted(train, tmp_path, monkeypatch, method, epochs_done):
+    options = ["--method", method, "--noise", "0.2", "--flip", "--milestones", "1", "3"]
+    assert train(*options, out=tmp_path / "whole")[0] == 0
+
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, epochs_done * STEPS_AN_EPOCH + 1)
+        status, _, err = train(*options)
+    assert status == 130
+    assert err.count("\n") == 1
+    assert f"czm-train --resume {tmp_path / 'run'}" in err
+    assert checkpoint.load(tmp_path / "run")["trainer"]["epoch"] == epochs_done
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+    torch.manual_seed(1234)  # whatever the new process's generator holds
+    assert train("--resume", tmp_path / "run", quick=[])[0] == 0
+    assert_same(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
+    assert without_times(read_metrics(tmp_path / "run")) == without_times(
+        read_metrics(tmp_path / "whole")
+    )
+
+
+def test_resume_cuts_metrics_to_the_checkpoint(train, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2 * STEPS_AN_EPOCH)
+        train()
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "lr": 7}\n{"epo')
+    assert train("--resume")[0] == 0
+    records = read_metrics(tmp_path / "run")
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    assert records[2]["lr"] != 7
+
+
+def test_resume_of_a_complete_run_trains_no_more(train, tmp_path):
+    assert train()[0] == 0
+    before = checkpoint.load(tmp_path / "run")
+    status, out, _ = train("--resume")
+    assert status == 0
+    assert "epoch 4/4" not in out
+    assert_same(checkpoint.load(tmp_path / "run"), before)
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_resume_may_train_longer(train, tmp_path):
+    assert train("--milestones", "2")[0] == 0
+    assert train("--resume", "--epochs", "6", quick=[])[0] == 0
+    assert [record["epoch"] for record in read_metrics(tmp_path / "run")] == list(range(1, 7))
+
+
+def test_resume_into_another_folder_leaves_the_first(train, tmp_path):
+    assert train()[0] == 0
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    longer = ["--resume", tmp_path / "run" / "checkpoint.pt", "--epochs", "5"]
+    assert train(*longer, out=tmp_path / "longer", quick=[])[0] == 0
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert len(read_metrics(tmp_path / "longer")) == 5
+
+
+@pytest.mark.parametrize("death", [signal.SIGINT, signal.SIGKILL])
+def test_process_killed_at_some_moment_leaves_a_resumable_checkpoint(train, tmp_path, death):
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "czm_fused.training", *QUICK]
+    command += ["--epochs", "1000", "--milestones", "4", "--out", str(folder)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = folder / "metrics.jsonl"
+    try:
+        while not metrics.exists() or not metrics.read_text():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(death)
+        err = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    if death == signal.SIGINT:
+        assert process.returncode == 130
+        assert f"czm-train --resume {folder}" in err
+    assert not [name for name in os.listdir(folder) if name == "summary.json"]
+    epochs = checkpoint.load(folder)["trainer"]["epoch"] + 1
+    # Away from the fixture's few digits the killed process trained on all of them.
+    resumed = subprocess.run(
+        [*command[:3], "--resume", str(folder), "--epochs", str(epochs)], capture_output=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert len(read_metrics(folder)) == epochs

@@ -1,0 +1,97 @@
+import pytest
+
+from czm_fused.training.errors import TrainingError
+from czm_fused.training.settings import resolve, resolve_resumed
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("czmig", {"lr": 0.4, "head_lr": 0.1, "zmg": 0.85, "luma": 5e-4, "weight_decay": 0}),
+        ("czmi", {"lr": 0.4, "head_lr": 0.1, "zmg": 0.0, "luma": 5e-4, "weight_decay": 0}),
+        ("bn", {"lr": 0.1, "zmg": 0.0, "luma": 0.0, "weight_decay": 5e-4, "noise": 0}),
+        ("plain", {"lr": 0.1, "zmg": 0.0, "luma": 0.0, "weight_decay": 5e-4, "noise": 0}),
+    ],
+)
+def test_resolve_fills_in_the_methods_defaults(method, expected):
+    settings = resolve({"method": method}).as_dict()
+    assert {name: settings[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("dataset", ["imagefolder", "cifar10"])
+def test_resolve_fills_in_the_papers_protocol_for_photographs(dataset):
+    settings = resolve({"dataset": dataset})
+    assert (settings.depth, settings.epochs, settings.batch_size) == (110, 200, 128)
+    assert settings.milestones == (100, 150)
+    assert (settings.crop_padding, settings.flip, settings.noise) == (4, True, 0.1)
+
+
+def test_resolve_never_mirrors_digits():
+    assert not resolve({"dataset": "digits"}).flip
+
+
+@pytest.mark.parametrize(
+    ("epochs", "milestones"), [(1, (1,)), (2, (1, 2)), (3, (2, 3)), (4, (2, 3)), (40, (20, 30))]
+)
+def test_resolve_puts_milestones_at_half_and_three_quarters(epochs, milestones):
+    assert resolve({"epochs": epochs}).milestones == milestones
+
+
+def test_resolve_keeps_what_was_given():
+    given = {"lr": 0.3, "luma": 1e-3, "milestones": [5], "out": "somewhere", "noise": 0.0}
+    settings = resolve(given)
+    assert (settings.lr, settings.luma, settings.noise) == (0.3, 1e-3, 0.0)
+    assert (settings.milestones, settings.out) == ((5,), "somewhere")
+    assert settings.classifier_luma == 1e-3
+    assert resolve({**given, "classifier_luma": 0.0}).classifier_luma == 0.0
+
+
+def test_resolve_names_the_folder_after_the_run():
+    settings = resolve({"method": "bn", "depth": 8, "seed": 3})
+    assert settings.out == "runs/digits-bn-8-s3"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"depth": 21}, "--depth.*nearest is 20"),
+        ({"epochs": 0}, "--epochs must be at least 1, but was 0"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"crop_padding": -1}, "--crop-padding"),
+        ({"seed": -1}, "--seed"),
+        ({"workers": -1}, "--workers"),
+        ({"milestones": [3, 2]}, "--milestones"),
+        ({"milestones": [0]}, "--milestones"),
+        ({"method": "bn", "zmg": 0.5}, "--zmg has no effect on --method bn"),
+        ({"method": "bn", "head_lr": 0.1}, "--head-lr has no effect"),
+        ({"method": "plain", "luma": 1e-4}, "--luma has no effect"),
+        ({"method": "czmi", "zmg": 0.85}, "--zmg has no effect on --method czmi"),
+        ({"method": "bn", "residual_bias": True}, "--residual-bias has no effect"),
+    ],
+)
+def test_resolve_refuses_what_cannot_be(given, message):
+    with pytest.raises(TrainingError, match=message):
+        resolve(given)
+
+
+def test_resolve_resumed_takes_the_checkpoints_settings():
+    saved = resolve({"depth": 8, "lr": 0.3, "milestones": [1, 2]}).as_dict()
+    settings = resolve_resumed({"depth": 8, "milestones": [1, 2], "epochs": 50}, saved)
+    assert settings.as_dict() == {**saved, "epochs": 50}
+
+
+@pytest.mark.parametrize(
+    "given", [{"depth": 14}, {"lr": 0.2}, {"method": "czmi"}, {"milestones": [3]}, {"seed": 1}]
+)
+def test_resolve_resumed_refuses_another_run(given):
+    saved = resolve({"depth": 8}).as_dict()
+    name = next(iter(given))
+    with pytest.raises(TrainingError, match=f"trained with --{name} "):
+        resolve_resumed(given, saved)
+
+
+def test_resolve_resumed_refuses_another_versions_settings():
+    saved = resolve({}).as_dict()
+    del saved["noise"]
+    with pytest.raises(TrainingError, match="another version"):
+        resolve_resumed({}, saved)
