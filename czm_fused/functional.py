@@ -65,7 +65,7 @@ def draw_noise(x: Tensor, amplitude: float) -> Tensor:
     Its dtype is float64 where `x` is, else float32; it comes from torch's generator for the device,
     so that `torch.manual_seed`, activation checkpointing and CUDA graphs treat it as they should.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     noise = torch.empty(x.shape[:2], device=x.device, dtype=dtype)
     return noise.uniform_(1 - amplitude, 1 + amplitude)
 

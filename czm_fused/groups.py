@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from czm_fused.init import find_stems, named_convolutions
+from czm_fused.example import preserved, run_example
+from czm_fused.init import Convolution, find_stems, named_convolutions
+from czm_fused.text import format_table, shorten
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "stem": {"exp_scale": True, "zmg": 0.0},
@@ -22,8 +23,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """What each group sets; the optimizer's defaults hold for everything else."""
 
 HYPER_PARAMETERS = (
-    "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "zmg", "luma", "exp_scale"
-)  # fmt: skip
+    "lr",
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "nesterov",
+    "maximize",
+    "zmg",
+    "luma",
+    "exp_scale",
+)
 """What a group of `FusedCZMSGD` can set."""
 
 
@@ -41,15 +50,7 @@ class ParamGroups(list[dict[str, Any]]):
     def __str__(self) -> str:
         rows = [("group", "parameters", "weights", "settings", "names")]
         rows += [_describe(group) for group in self]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = []
-        for row in rows:
-            cells = (
-                cell.rjust(width) if column in (1, 2) else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([format_table(rows, right_aligned=(1, 2)), *self.notes])
 
 
 def czm_param_groups(
@@ -93,9 +94,12 @@ def czm_param_groups(
     """
     overrides = overrides or {}
     _check_overrides(overrides)
-    _check_initialised(model)
+    check_initialised(model)
     convolutions = named_convolutions(model)
-    stems, reason = _decide_stems(model, convolutions, stem, example_input)
+    first = None
+    if stem is None and convolutions and example_input is not None:
+        first = _first_to_run(model, convolutions, example_input)
+    stems, reason = decide_stems(convolutions, stem, first)
 
     roles: dict[Tensor, str] = {}
     for convolution in convolutions.values():
@@ -127,7 +131,7 @@ def czm_param_groups(
     transposed = [n for n, module in model.named_modules() if isinstance(module, _ConvTransposeNd)]
     if transposed:
         notes.append(
-            f"rest: holds the transposed convolutions {_shorten(transposed)}, whose filters do not "
+            f"rest: holds the transposed convolutions {shorten(transposed)}, whose filters do not "
             "lie along dimension 0"
         )
     return ParamGroups(groups, notes)
@@ -147,26 +151,37 @@ def _check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> None:
                 )
 
 
-def _check_initialised(model: nn.Module) -> None:
+def check_initialised(model: nn.Module) -> None:
+    """Raise a ValueError if a lazy module of `model` has not been initialised."""
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(
-                f"the parameter {name!r} of a lazy module has no shape yet: run a forward pass first"
+                f"the parameter {name!r} of a lazy module has no shape yet: "
+                "run a forward pass first"
             )
 
 
-def _decide_stems(
-    model: nn.Module,
-    convolutions: dict[str, nn.Module],
+def decide_stems(
+    convolutions: dict[str, Convolution],
     stem: nn.Module | str | None,
-    example_input: Any,
+    first_to_run: nn.Module | None,
 ) -> tuple[tuple[nn.Module, ...], str]:
+    """Return the stems among `convolutions`, and in words why it is those.
+
+    Args:
+        convolutions: the convolutions of a model by their dotted names.
+        stem: the stem as the caller named it, if at all.
+        first_to_run: the convolution that is known to run first, if any is.
+
+    Raises:
+        ValueError: `stem` is none of `convolutions`.
+    """
     if stem is not None:
         return find_stems(convolutions, stem), "named by the caller"
     if not convolutions:
         return (), "none, as the model has no convolution"
-    if example_input is not None:
-        return (_first_to_run(model, convolutions, example_input),), "the first to run"
+    if first_to_run is not None:
+        return (first_to_run,), "the first to run"
     flagged = find_stems(convolutions, None)
     if flagged:
         return flagged, "built with stem=True"
@@ -178,7 +193,7 @@ class _Reached(Exception):
 
 
 def _first_to_run(
-    model: nn.Module, convolutions: dict[str, nn.Module], example_input: Any
+    model: nn.Module, convolutions: dict[str, Convolution], example_input: Any
 ) -> nn.Module:
     reached: list[nn.Module] = []
 
@@ -186,30 +201,19 @@ def _first_to_run(
         reached.append(module)
         raise _Reached
 
-    args, kwargs = (example_input,), {}
-    if isinstance(example_input, Mapping):
-        args, kwargs = (), dict(example_input)
-    elif isinstance(example_input, (tuple, list)):
-        args = tuple(example_input)
-    modes = {module: module.training for module in model.modules()}
     hooks = [each.register_forward_pre_hook(stop) for each in convolutions.values()]
-    accelerators = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    device_type = next(iter(accelerators)).type if accelerators else "cuda"
     try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(accelerators, device_type=device_type):
-            model(*args, **kwargs)
+        with preserved(model):
+            run_example(model.eval(), example_input)
     except _Reached:
         pass
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes.items():
-            module.training = training
     if not reached:
         raise ValueError(
-            "example_input must reach a convolution of the model, but none ran on it; name the stem "
-            "with stem=..."
+            "example_input must reach a convolution of the model, but none ran on it; "
+            "name the stem with stem=..."
         )
     return reached[0]
 
@@ -222,9 +226,5 @@ def _describe(group: dict[str, Any]) -> tuple[str, str, str, str, str]:
         str(len(group["params"])),
         f"{weights:,}",
         settings,
-        _shorten(group["param_names"]),
+        shorten(group["param_names"]),
     )
-
-
-def _shorten(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f", ... ({len(names)})" if len(names) > most else "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -9,6 +11,8 @@ from torch.nn.utils import parametrize
 
 GAIN = 0.8
 """The norm that every filter starts with: exp(g) of the paper's section 3.1."""
+
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """The modules whose weights are filters along dimension 0; transposed convolutions are not."""
@@ -37,7 +41,7 @@ def czm_weight_(
         ValueError: `gain` is not a positive number, or `weight` has fewer than 2 dimensions or is
             not initialised.
     """
-    _check_gain(gain)
+    check_gain(gain)
     if is_lazy(weight):
         raise ValueError("weight has no shape yet: run a forward pass of its lazy module first")
     if weight.dim() < 2:
@@ -64,8 +68,8 @@ def czm_init_(
 ) -> nn.Module:
     """Initialise every convolution of `module` in place by CZMI, and return `module`.
 
-    Weights as in `czm_weight_`, biases 0 (paper section 3.2). Transposed convolutions, whose filters
-    do not lie along dimension 0, are left as they are.
+    Weights as in `czm_weight_`, biases 0 (paper section 3.2). Transposed convolutions, whose
+    filters do not lie along dimension 0, are left as they are.
 
     Args:
         module: a convolution or anything that holds convolutions.
@@ -78,7 +82,7 @@ def czm_init_(
         ValueError: `gain` is not a positive number, `stem` is not a convolution of `module`, or a
             lazy convolution is not initialised yet. Nothing has been changed then.
     """
-    _check_gain(gain)
+    check_gain(gain)
     convolutions = named_convolutions(module)
     stems = find_stems(convolutions, stem)
     for convolution in convolutions.values():
@@ -90,21 +94,19 @@ def czm_init_(
                 weight, gain=gain, zero_mean=zero_mean, generator=generator
             )
         else:
-            czm_weight_(
-                convolution.weight, gain=gain, zero_mean=zero_mean, generator=generator
-            )
+            czm_weight_(convolution.weight, gain=gain, zero_mean=zero_mean, generator=generator)
         if convolution.bias is not None:
             nn.init.zeros_(convolution.bias)
     return module
 
 
-def named_convolutions(module: nn.Module) -> dict[str, nn.Module]:
+def named_convolutions(module: nn.Module) -> dict[str, Convolution]:
     """Return the convolutions of `module`, transposed ones excepted, by their dotted names.
 
     Raises:
         ValueError: a lazy convolution has no weight yet.
     """
-    convolutions = {}
+    convolutions: dict[str, Convolution] = {}
     for name, child in module.named_modules():
         if not isinstance(child, CONVOLUTIONS):
             continue
@@ -118,7 +120,7 @@ def named_convolutions(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_stems(
-    convolutions: dict[str, nn.Module], stem: nn.Module | str | None
+    convolutions: dict[str, Convolution], stem: nn.Module | str | None
 ) -> tuple[nn.Module, ...]:
     """Return the convolution that `stem` names, or, if it is None, those built as stems.
 
@@ -142,13 +144,14 @@ def find_stems(
     return (stem,)
 
 
-def _some(convolutions: dict[str, nn.Module], most: int = 8) -> str:
+def _some(convolutions: dict[str, Convolution], most: int = 8) -> str:
     names = [repr(name) for name in convolutions]
     if not names:
         return "none, as it has no convolution"
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _check_gain(gain: float) -> None:
+def check_gain(gain: float) -> None:
+    """Raise a ValueError unless `gain` is a positive number."""
     if not 0 < gain < float("inf"):
         raise ValueError(f"gain must be a positive number, but was {gain}")

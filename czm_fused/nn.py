@@ -1,4 +1,4 @@
-"""Convolutions with filters V of unit norm and scales exp(g), and the residual unit made of them."""
+"""Convolutions with unit filters V and scales exp(g), and the residual unit made of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -26,7 +27,7 @@ def _directions(weight: Tensor, norms: Tensor) -> Tensor:
     return (weight / divisors).to(weight.dtype)
 
 
-class _CZMConv:
+class _CZMConv(_ConvNd):
     """What `CZMConv1d`, `CZMConv2d` and `CZMConv3d` add to torch's convolutions."""
 
     def __init__(self, *args: Any, stem: bool = False, **kwargs: Any) -> None:
@@ -92,7 +93,7 @@ class ExpScale(nn.Module):
         return ops.ExpScale.apply(direction, log_scale)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return V of unit norm and g = log ||W||, float32 at least; V = 0 and g = 0 where W = 0."""
+        """Return V = W / ||W|| and g = log ||W||, g in float32 at least; both 0 where W = 0."""
         norms = _filter_norms(weight)
         return _directions(weight, norms), torch.where(norms > 0, norms, 1).log()
 
@@ -110,20 +111,20 @@ def exp_scale(conv: nn.Module) -> nn.Module:
         conv: a convolution, or any module whose `weight` has its filters along dimension 0.
 
     Raises:
-        ValueError: `conv` has no weight with filters along dimension 0, is a transposed convolution,
-            is lazy and has no weight yet, or is parametrized already.
+        ValueError: `conv` has no weight with filters along dimension 0, is a transposed
+            convolution, is lazy and has no weight yet, or is parametrized already.
     """
-    if isinstance(conv, nn.modules.conv._ConvTransposeNd):
+    if isinstance(conv, _ConvTransposeNd):
         raise ValueError(
-            f"conv must have its filters along dimension 0, but {type(conv).__name__} has its input "
-            "channels there"
+            f"conv must have its filters along dimension 0, but {type(conv).__name__} "
+            "has its input channels there"
         )
     if parametrize.is_parametrized(conv, "weight"):
         raise ValueError(
             "the weight of conv is parametrized already; "
             'torch.nn.utils.parametrize.remove_parametrizations(conv, "weight") undoes that'
         )
-    weight = getattr(conv, "weight", None)
+    weight: Any = getattr(conv, "weight", None)
     if is_lazy(weight):
         raise ValueError("the lazy module conv has no weight yet: run a forward pass first")
     if not isinstance(weight, nn.Parameter) or weight.dim() < 1:
@@ -190,3 +191,41 @@ class CZMBasicBlock(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings that the children do not show."""
         return f"amplitude={self.amplitude}"
+
+
+class ChannelAffine(nn.Module):
+    """Multiply every channel by a factor of its own and add a number of its own, x * weight + bias.
+
+    What `convert(model, from_pretrained=True)` puts in the place of a BatchNorm that cannot be
+    folded into a convolution. It takes no statistics, of the batch or of the past.
+
+    Args:
+        weight: the factors, of shape (channels,).
+        bias: the summands, of shape (channels,).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the result for `x` of shape (N, channels, ...), of its dtype."""
+        shape = (-1, *[1] * (x.dim() - 2))
+        weight, bias = (p.view(shape).to(x.dtype) for p in (self.weight, self.bias))
+        return torch.addcmul(bias, x, weight)
+
+    def extra_repr(self) -> str:
+        """Return the number of channels."""
+        return str(self.weight.numel())
+
+
+class Copy(nn.Module):
+    """Return a copy of the input, which the next module may then change in place.
+
+    What `convert(model)` puts in the place of a BatchNorm whose input is needed elsewhere.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the copy of `x`, with its memory layout."""
+        return x.clone()

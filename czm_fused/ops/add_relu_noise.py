@@ -6,10 +6,12 @@ ReLU: the gradient needs the output and u, and nothing else. u is a constant: it
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from czm_fused.ops.backends import choose
 from czm_fused.ops.layout import dense, with_layout_of
 from czm_fused.ops.library import lib
 
@@ -48,12 +50,20 @@ def reference_backward(grad: Tensor, output: Tensor, noise: Tensor | None) -> Te
 @torch.library.impl(lib, "add_relu_noise", "CompositeExplicitAutograd")
 def fallback(x: Tensor, residual: Tensor | None, noise: Tensor | None) -> Tensor:
     """Run the operator on devices without a native kernel."""
+    if choose(x.device) == "triton":
+        from czm_fused.ops.triton import add_relu_noise as kernels
+
+        return kernels.add_relu_noise(x, residual, noise)
     return with_layout_of(reference(x, residual, noise), dense(x))
 
 
 @torch.library.impl(lib, "add_relu_noise_backward", "CompositeExplicitAutograd")
 def fallback_backward(grad: Tensor, output: Tensor, noise: Tensor | None) -> Tensor:
     """Run the gradient operator on devices without a native kernel."""
+    if choose(output.device) == "triton":
+        from czm_fused.ops.triton import add_relu_noise as kernels
+
+        return kernels.add_relu_noise_backward(grad, output, noise)
     return with_layout_of(reference_backward(grad, output, noise), dense(output))
 
 
@@ -71,16 +81,14 @@ class AddReluNoise(torch.autograd.Function):
     """The operator with its gradient; called directly, it costs one trip through Python less."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, residual: Tensor | None, noise: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, noise: Tensor | None) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             output = torch.ops.czm_fused.add_relu_noise.default(x, residual, noise)
         ctx.save_for_backward(output, noise)
         return output
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         output, noise = ctx.saved_tensors
         grad = AddReluNoiseBackward.apply(grad, output, noise)
         return grad, grad if ctx.needs_input_grad[1] else None, None
@@ -90,13 +98,13 @@ class AddReluNoiseBackward(torch.autograd.Function):
     """The gradient operator, differentiable any number of times."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, grad: Tensor, output: Tensor, noise: Tensor | None) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, output: Tensor, noise: Tensor | None) -> Tensor:
         ctx.save_for_backward(output, noise)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.czm_fused.add_relu_noise_backward.default(grad, output, noise)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # Linear in grad and diagonal, so its own transpose.
         return AddReluNoiseBackward.apply(grad, *ctx.saved_tensors), None, None
 

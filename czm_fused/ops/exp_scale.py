@@ -1,11 +1,13 @@
-"""The operator W[f] = exp(g[f]) * V[f] (paper section 3.1), its gradient, and both in plain torch."""
+"""The operator W[f] = exp(g[f]) * V[f] (paper section 3.1), its gradient, and their statements."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from czm_fused.ops.backends import choose
 from czm_fused.ops.layout import dense, with_layout_of
 from czm_fused.ops.library import lib
 
@@ -38,9 +40,7 @@ def reference(direction: Tensor, log_scale: Tensor) -> Tensor:
     return (_scale(direction, log_scale) * direction).to(direction.dtype)
 
 
-def reference_backward(
-    grad: Tensor, direction: Tensor, log_scale: Tensor
-) -> tuple[Tensor, Tensor]:
+def reference_backward(grad: Tensor, direction: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Compute dV = exp(g) * dW and dg = exp(g) * <dW, V>, in plain torch, differentiable."""
     scaled = _scale(direction, log_scale) * grad
     grad_log_scale = _sum_over_filter(scaled * direction)
@@ -50,14 +50,20 @@ def reference_backward(
 @torch.library.impl(lib, "exp_scale", "CompositeExplicitAutograd")
 def fallback(direction: Tensor, log_scale: Tensor) -> Tensor:
     """Run the operator on devices without a native kernel."""
+    if choose(direction.device) == "triton":
+        from czm_fused.ops.triton import exp_scale as kernels
+
+        return kernels.exp_scale(direction, log_scale)
     return with_layout_of(reference(direction, log_scale), dense(direction))
 
 
 @torch.library.impl(lib, "exp_scale_backward", "CompositeExplicitAutograd")
-def fallback_backward(
-    grad: Tensor, direction: Tensor, log_scale: Tensor
-) -> tuple[Tensor, Tensor]:
+def fallback_backward(grad: Tensor, direction: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Run the gradient operator on devices without a native kernel."""
+    if choose(direction.device) == "triton":
+        from czm_fused.ops.triton import exp_scale as kernels
+
+        return kernels.exp_scale_backward(grad, direction, log_scale)
     grad_direction, grad_log_scale = reference_backward(grad, direction, log_scale)
     return with_layout_of(grad_direction, dense(direction)), grad_log_scale
 
@@ -76,22 +82,22 @@ class ExpScale(torch.autograd.Function):
     """The operator with its gradient; called directly, it costs one trip through Python less."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, direction: Tensor, log_scale: Tensor) -> Tensor:
+    def forward(ctx: Any, direction: Tensor, log_scale: Tensor) -> Tensor:
         ctx.save_for_backward(direction, log_scale)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.czm_fused.exp_scale.default(direction, log_scale)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return ExpScaleBackward.apply(grad, *ctx.saved_tensors)
 
 
 class ExpScaleBackward(torch.autograd.Function):
-    """The gradient operator; its own gradient is in plain torch, differentiable any number of times."""
+    """The gradient operator, differentiable any number of times; its gradient is plain torch."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, grad: Tensor, direction: Tensor, log_scale: Tensor
+        ctx: Any, grad: Tensor, direction: Tensor, log_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(grad, direction, log_scale)
         with torch._C._AutoDispatchBelowAutograd():
@@ -99,7 +105,7 @@ class ExpScaleBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: FunctionCtx, grad_of_direction: Tensor, grad_of_log_scale: Tensor
+        ctx: Any, grad_of_direction: Tensor, grad_of_log_scale: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad, direction, log_scale = ctx.saved_tensors
         scale = _scale(direction, log_scale)

@@ -1,0 +1,250 @@
+"""czm_param_groups: every parameter once, in the group where it belongs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from czm_fused.groups import SETTINGS, ParamGroups, czm_param_groups
+from czm_fused.nn import CZMConv2d, exp_scale
+
+
+class Network(nn.Module):
+    """Registers its convolutions in another order than it runs them, and has one of everything."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 2)
+        self.pointwise = nn.Conv2d(4, 8, 1)
+        self.spatial = nn.Conv2d(4, 4, 3, padding=1)
+        self.reader = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.up = nn.ConvTranspose2d(4, 4, 3, padding=1)
+        self.token = nn.Parameter(torch.zeros(4, 3, 3))
+
+    def forward(self, x, scale=1.0):
+        x = nn.functional.dropout(x * scale, training=True)
+        x = self.norm(self.up(self.reader(x)))
+        return self.head(self.pointwise(self.spatial(x)).mean((2, 3)))
+
+
+def by_name(groups: ParamGroups) -> dict[str, list[str]]:
+    return {group["name"]: group["param_names"] for group in groups}
+
+
+IMAGE = torch.zeros(1, 3, 4, 4)
+EXPECTED = {
+    "stem": ["reader.weight"],
+    "spatial": ["spatial.weight"],
+    "pointwise": ["pointwise.weight"],
+    "rest": [
+        "token",
+        "head.weight",
+        "head.bias",
+        "pointwise.bias",
+        "spatial.bias",
+        "norm.weight",
+        "norm.bias",
+        "up.weight",
+        "up.bias",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"stem": "reader"},
+        {"example_input": IMAGE},
+        {"example_input": (IMAGE, 2.0)},
+        {"example_input": {"x": IMAGE, "scale": 2.0}},
+    ],
+)
+def test_every_parameter_is_in_the_group_where_it_belongs(arguments):
+    network = Network()
+    groups = czm_param_groups(network, **arguments)
+    assert by_name(groups) == EXPECTED
+    assert by_name(czm_param_groups(network, stem=network.reader)) == EXPECTED
+    parameters = dict(network.named_parameters())
+    for group in groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            assert parameters.pop(name) is parameter
+        assert {key: group[key] for key in SETTINGS[group["name"]]} == SETTINGS[group["name"]]
+    assert not parameters
+
+
+def test_settings_are_what_the_method_needs_and_nothing_else():
+    groups = czm_param_groups(Network(), stem="reader")
+    own = ("name", "params", "param_names")
+    settings = [{k: v for k, v in g.items() if k not in own} for g in groups]
+    assert settings == [
+        {"exp_scale": True, "zmg": 0.0},
+        {"exp_scale": True},
+        {"exp_scale": True, "zmg": 0.0},
+        {"exp_scale": False, "zmg": 0.0, "luma": 0.0},
+    ]
+
+
+def test_overrides_replace_settings_of_their_group_only():
+    groups = czm_param_groups(
+        Network(),
+        stem="reader",
+        overrides={"rest": {"lr": 0.1, "luma": 5e-4}, "stem": {"zmg": 1.0}},
+    )
+    stem, spatial, _, rest = groups
+    assert (rest["lr"], rest["luma"], rest["zmg"], stem["zmg"]) == (0.1, 5e-4, 0.0, 1.0)
+    assert "lr" not in spatial
+    assert SETTINGS["rest"]["luma"] == SETTINGS["stem"]["zmg"] == 0.0
+
+
+def test_stem_is_the_first_registered_convolution_if_nothing_else_is_said():
+    groups = czm_param_groups(Network())
+    assert by_name(groups)["stem"] == ["pointwise.weight"]
+    assert "pointwise" not in by_name(groups)
+
+
+def test_stem_is_what_was_built_as_stem():
+    network = nn.Sequential(CZMConv2d(3, 3, 1), CZMConv2d(3, 4, 3, stem=True))
+    assert by_name(czm_param_groups(network))["stem"] == ["1.weight"]
+    assert by_name(czm_param_groups(network, stem="0"))["stem"] == ["0.weight"]
+
+
+def test_example_input_leaves_no_trace():
+    network = Network().train()
+    network.norm.eval()
+    modes = [module.training for module in network.modules()]
+    buffers = [buffer.clone() for buffer in network.buffers()]
+    state = torch.get_rng_state()
+    czm_param_groups(network, example_input=IMAGE)
+    assert modes == [module.training for module in network.modules()]
+    assert all(map(torch.equal, buffers, network.buffers()))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_example_input_that_fails_leaves_no_trace_either():
+    network = Network().train()
+    with pytest.raises(TypeError):
+        czm_param_groups(network, example_input={"nonsense": 1})
+    assert all(module.training for module in network.modules())
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_shared_parameters_are_listed_once_and_the_stem_wins():
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.ConvTranspose2d(3, 3, 3))
+    network[1].weight = network[0].weight
+    network[2].weight = network[0].weight
+    for stem in ("0", "1"):
+        groups = by_name(czm_param_groups(network, stem=stem))
+        assert groups["stem"] == ["0.weight"]
+        assert sorted(sum(groups.values(), [])) == ["0.bias", "0.weight", "1.bias", "2.bias"]
+    again = nn.Sequential(network[0], network[0])
+    assert by_name(czm_param_groups(again)) == {"stem": ["0.weight"], "rest": ["0.bias"]}
+
+
+def test_frozen_parameters_are_kept():
+    network = Network().requires_grad_(False)
+    assert by_name(czm_param_groups(network, stem="reader")) == EXPECTED
+
+
+def test_kernels_of_any_dimension_are_told_apart_by_their_taps():
+    network = nn.Sequential(
+        nn.Conv1d(3, 3, 2), nn.Conv1d(3, 3, 1), nn.Conv3d(3, 3, (1, 1, 2)), nn.Conv3d(3, 3, 1)
+    )
+    groups = by_name(czm_param_groups(network, stem="0"))
+    assert groups["spatial"] == ["2.weight"]
+    assert groups["pointwise"] == ["1.weight", "3.weight"]
+
+
+def test_parameters_of_exp_scale_are_among_the_rest():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 4, 3, bias=False))
+    exp_scale(network[1])
+    groups = by_name(czm_param_groups(network))
+    assert groups["stem"] == ["0.weight"]
+    assert groups["rest"] == [
+        "1.parametrizations.weight.original0",
+        "1.parametrizations.weight.original1",
+    ]
+    assert "spatial" not in groups
+
+
+def test_a_model_without_convolutions_has_the_rest_alone():
+    groups = czm_param_groups(nn.Linear(2, 2), example_input=torch.zeros(1, 2))
+    assert by_name(groups) == {"rest": ["weight", "bias"]}
+    assert "no convolution" in str(groups)
+    assert czm_param_groups(nn.ReLU()) == []
+
+
+def test_printed_groups_say_what_was_decided():
+    text = str(czm_param_groups(Network(), stem="reader", overrides={"rest": {"lr": 0.1}}))
+    lines = text.splitlines()
+    assert lines[0].split() == ["group", "parameters", "weights", "settings", "names"]
+    assert [line.split()[0] for line in lines[1:5]] == list(SETTINGS)
+    assert "lr=0.1" in lines[4]
+    assert "144" in lines[2]
+    assert lines[5] == "stem: 'reader' (named by the caller)"
+    assert lines[6].startswith("rest: holds the transposed convolutions up,")
+
+
+def test_torch_optimizers_take_the_groups_and_keep_names_through_a_state_dict():
+    network = Network()
+    optimizer = torch.optim.SGD(czm_param_groups(network, stem="reader"), lr=0.1, momentum=0.9)
+    network(IMAGE + 1).sum().backward()
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    assert [group["param_names"] for group in state["param_groups"]] == list(EXPECTED.values())
+    optimizer.load_state_dict(state)
+    extra = nn.Parameter(torch.zeros(1))
+    optimizer.add_param_group({"params": [("extra", extra)]})
+    assert optimizer.param_groups[-1]["param_names"] == ["extra"]
+
+
+def test_fused_czm_sgd_takes_the_groups():
+    optim = pytest.importorskip("czm_fused.optim")
+    network = Network()
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    groups = czm_param_groups(network, stem="reader", overrides={"rest": {"lr": 0.01}})
+    optimizer = optim.FusedCZMSGD(groups, lr=0.1, momentum=0.9)
+    network(torch.randn(2, 3, 4, 4)).square().sum().backward()
+    optimizer.step()
+    moved = {n for n, p in network.named_parameters() if not torch.equal(p, before[n])}
+    modules = ("reader", "spatial", "pointwise", "head", "up")
+    assert moved >= {f"{module}.weight" for module in modules}
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1, 0.1, 0.01]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stem": "head"}, "stem must name a convolution of the model, one of 'pointwise'"),
+        ({"stem": nn.Conv2d(1, 1, 1)}, "stem must be a convolution of the model"),
+        ({"overrides": {"bias": {}}}, "among stem, spatial, pointwise, rest; but named 'bias'"),
+        ({"overrides": {"rest": {"betas": 1}}}, "hyper-parameters among lr, .*; but set 'betas'"),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        czm_param_groups(Network(), **arguments)
+
+
+def test_example_input_must_reach_a_convolution():
+    class Bypass(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Conv2d(3, 3, 3)
+
+        def forward(self, x):
+            return x
+
+    with pytest.raises(ValueError, match="example_input must reach a convolution"):
+        czm_param_groups(Bypass(), example_input=IMAGE)
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyConv2d(3, 3), nn.LazyLinear(3)])
+def test_lazy_modules_are_refused_by_name(lazy):
+    with pytest.raises(ValueError, match="'1.weight' of a lazy module has no shape yet"):
+        czm_param_groups(nn.Sequential(nn.Conv2d(3, 3, 3), copy.deepcopy(lazy)))
