@@ -5,7 +5,8 @@ CONSTRAINTS ?= constraints.txt
 OUT ?= runs/digits
 
 PIP = $(VENV)/bin/pip --disable-pip-version-check
-NATIVE = setup.py pyproject.toml $(CONSTRAINTS) $(wildcard build_backend/* csrc/* csrc/*/*)
+BUILD_INPUTS = setup.py pyproject.toml $(CONSTRAINTS) \
+	$(wildcard build_backend/*.py csrc/*.h csrc/*/*)
 
 .PHONY: train test lint clean
 
@@ -21,7 +22,7 @@ lint: $(VENV)/train,dev.stamp
 
 # The stamp's name is the list of extras installed. torch comes first, so that the build finds it
 # and fetches none of its own. Editable, so that tests and training run this tree.
-$(VENV)/%.stamp: $(NATIVE) | $(VENV)
+$(VENV)/%.stamp: $(BUILD_INPUTS) | $(VENV)
 	$(PIP) install $(CONSTRAINTS:%=-c %) torch torchvision
 	$(PIP) install $(CONSTRAINTS:%=-c %) -e '.[$*]'
 	touch '$@'

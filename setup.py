@@ -39,7 +39,7 @@ CXX_FLAGS = [
     "-Wno-maybe-uninitialized",
     STABLE_ABI,
 ]
-NVCC_FLAGS = ["-O3", "-DUSE_CUDA", STABLE_ABI]
+NVCC_FLAGS = ["-O3", "-fmad=false", "-DUSE_CUDA", STABLE_ABI]
 
 # A free-threaded Python has no stable ABI of its own.
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")

@@ -129,9 +129,12 @@ def test_report_has_a_line_for_each_module():
 
 
 def test_runtime_torch_is_found_behind_the_isolation(monkeypatch, tmp_path):
+    folder = Path(torch.__file__).parents[1]
+    # As pip isolates a build: a start-up file that takes the environment's packages away.
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.path.remove({str(folder)!r})")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONNOUSERSITE", "1")
-    assert backend._runtime_torch() == Path(torch.__file__).parents[1]
+    assert backend._runtime_torch() == folder
     monkeypatch.setattr(plan, "MINIMUM_TORCH", (99, 0))
     assert backend._runtime_torch() is None
 
