@@ -1,6 +1,7 @@
 """Train convolutional networks without BatchNorm, at the price of plain SGD."""
 
 from czm_fused import functional
+from czm_fused.convert import convert
 from czm_fused.groups import czm_param_groups
 from czm_fused.init import czm_init_
 from czm_fused.nn import CZMBasicBlock, CZMConv1d, CZMConv2d, CZMConv3d, exp_scale
@@ -16,6 +17,7 @@ __all__ = [
     "FusedCZMSGD",
     "__version__",
     "backends",
+    "convert",
     "czm_init_",
     "czm_param_groups",
     "exp_scale",
