@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from czm_fused.ops.step import (
     IS_DAMPENED,
     IS_EXP_SCALED,
     IS_ZERO_MEAN,
+    STATE_BITS,
     StepPlan,
     entries_from_lists,
 )
@@ -28,6 +31,7 @@ from czm_fused.ops.table import (
     HyperParameters,
     hyper_parameter_row,
     same_memory_order,
+    scalar,
 )
 
 HyperParameterRow = tuple[float | DeviceScalar, ...]
@@ -133,6 +137,8 @@ class FusedCZMSGD(Optimizer):
             ValueError: a hyper-parameter out of its range, or parameters on several devices.
             TypeError: a parameter that is not real floating point.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         names_filters = "luma" in param_group or "exp_scale" in param_group
         param_group.setdefault("min_filter_dim", 2 if names_filters else 3)
         _check_hyper_parameters({**self.defaults, **param_group})
@@ -231,7 +237,7 @@ class FusedCZMSGD(Optimizer):
 
         rows = [hyper_parameter_row(group) for group in self.param_groups]
         plan = self._plan
-        if plan is None or not plan.still_describes(params, self.state, rows):
+        if plan is None or not plan.still_describes(params, self.param_groups, self.state, rows):
             for group in self.param_groups:
                 _check_hyper_parameters(group)
             plan = self._plan = _OptimizerPlan(self, params, rows)
@@ -299,8 +305,7 @@ class _OptimizerPlan:
         lists = optimizer._step_lists(params)
         numbers_of: dict[torch.device, list[int]] = {}
         for number, param in enumerate(params):
-            if param.numel() > 0:
-                numbers_of.setdefault(param.device, []).append(number)
+            numbers_of.setdefault(param.device, []).append(number)
         self.plans: list[tuple[StepPlan, list[int]]] = []
         for device, numbers in numbers_of.items():
             kinds = [lists["kinds"][number] for number in numbers]
@@ -313,11 +318,16 @@ class _OptimizerPlan:
             backend = backends.choose(device, optimizer.backend)
             self.plans.append((StepPlan(entries, backend), numbers))
         self.params = params
+        self.filters = _filter_options(optimizer.param_groups)
         self.state_tensors = _state_tensors(optimizer.state)
         self._set_rows(rows)
 
     def still_describes(
-        self, params: list[Tensor], state: Any, rows: list[HyperParameterRow]
+        self,
+        params: list[Tensor],
+        param_groups: list[dict[str, Any]],
+        state: Any,
+        rows: list[HyperParameterRow],
     ) -> bool:
         if rows != self.rows:
             if len(rows) != len(self.rows) or _switches(rows) != _switches(self.rows):
@@ -327,8 +337,9 @@ class _OptimizerPlan:
             self._set_rows(rows)
         tensors = _state_tensors(state)
         return (
-            len(tensors) == len(self.state_tensors)
-            and all(a is b for a, b in zip(tensors, self.state_tensors, strict=True))
+            _filter_options(param_groups) == self.filters
+            and len(tensors) == len(self.state_tensors)
+            and all(map(operator.is_, tensors, self.state_tensors))
             and len(params) == len(self.params)
             and all(plan.still_describes(self._of(numbers, params)) for plan, numbers in self.plans)
         )
@@ -336,8 +347,10 @@ class _OptimizerPlan:
     def run(
         self, grads: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        for plan, numbers in self.plans:
-            plan.run(self._of(numbers, grads), self.hyper_parameters, grad_scale, found_inf)
+        # All devices' gradients are checked before anything is updated.
+        ordered = [plan.in_memory_order(self._of(numbers, grads)) for plan, numbers in self.plans]
+        for (plan, _), plan_grads in zip(self.plans, ordered, strict=True):
+            plan.run(plan_grads, self.hyper_parameters, grad_scale, found_inf)
 
     def _of(self, numbers: list[int], tensors: list[Tensor]) -> list[Tensor]:
         if len(numbers) == len(tensors):
@@ -350,7 +363,7 @@ class _OptimizerPlan:
 
 
 def _state_tensors(state: dict[Tensor, dict[str, Any]]) -> list[Any]:
-    return [value for values in state.values() for value in values.values()]
+    return list(chain.from_iterable(map(dict.values, state.values())))
 
 
 _SWITCHES = tuple(
@@ -361,6 +374,14 @@ _SWITCHES = tuple(
 def _switches(rows: Iterable[HyperParameterRow]) -> list[bool]:
     """What a plan depends on: which parts of the method are on."""
     return [row[column] != 0 for row in rows for column in _SWITCHES]
+
+
+def _filter_options(param_groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """What a plan depends on beside the numbers: which tensors are filters, and of which group."""
+    return [
+        (group["exp_scale"], group["min_filter_dim"], len(group["params"]))
+        for group in param_groups
+    ]
 
 
 def _kind(param: Tensor, group: dict[str, Any]) -> int:
@@ -379,6 +400,8 @@ def _kind(param: Tensor, group: dict[str, Any]) -> int:
 
 
 def _init_state(state: dict[str, Any], param: Tensor, kind: int) -> None:
+    """Create the state that is missing, and fit what is there to a parameter that was converted."""
+    real = reference.compute_dtype(param.dtype)
     if kind & HAS_MOMENTUM and state.get("momentum_buffer") is None:
         state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         if kind & IS_DAMPENED:
@@ -390,39 +413,54 @@ def _init_state(state: dict[str, Any], param: Tensor, kind: int) -> None:
         if "log_scale" not in state:
             state["log_scale"] = reference.initial_log_scale(param.detach())
         if kind & HAS_MOMENTUM and "log_scale_momentum_buffer" not in state:
-            state["log_scale_momentum_buffer"] = torch.zeros_like(state["log_scale"])
+            state["log_scale_momentum_buffer"] = torch.zeros_like(state["log_scale"], dtype=real)
+    for name, bits in STATE_BITS.items():
+        if kind & bits != bits:
+            continue
+        if name == "momentum_buffer":
+            state[name] = _like_param(name, state[name], param)
+        else:
+            dtype = torch.float32 if name == "step" else real
+            state[name] = state[name].to(device=param.device, dtype=dtype).contiguous()
+
+
+def _like_param(name: str, tensor: Tensor, param: Tensor) -> Tensor:
+    if tensor.shape != param.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, but its parameter {tuple(param.shape)}; "
+            f"delete it from the optimizer's state to begin anew"
+        )
+    if (
+        tensor.dtype == param.dtype
+        and tensor.device == param.device
+        and same_memory_order(tensor, param)
+    ):
+        return tensor
+    return torch.empty_like(param).copy_(tensor)
 
 
 def _state_lists(
     states: list[dict[str, Any]], kinds: list[int]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Gather state in the order of `czm_fused::step_`'s lists."""
-
-    def of(name: str, needed: int) -> list[Tensor]:
-        return [
-            state[name]
-            for state, kind in zip(states, kinds, strict=True)
-            if kind & needed == needed
-        ]
-
-    return (
-        of("momentum_buffer", HAS_MOMENTUM),
-        of("log_scale", IS_EXP_SCALED),
-        of("log_scale_momentum_buffer", IS_EXP_SCALED | HAS_MOMENTUM),
-        of("step", IS_DAMPENED),
+    momentum, log_scales, log_scale_momentum, steps = (
+        [state[name] for state, kind in zip(states, kinds, strict=True) if kind & bits == bits]
+        for name, bits in STATE_BITS.items()
     )
+    return momentum, log_scales, log_scale_momentum, steps
 
 
 def _restore_state(
     state: dict[str, Any] | None, saved: dict[str, Any], param: Tensor
 ) -> None:
+    """Undo the cast of the log-scales to the parameter's dtype, and the saved momentum's layout."""
     if state is None:
         return
     buffer = state.get("momentum_buffer")
     if buffer is None:
         state.pop("momentum_buffer", None)
-    elif not same_memory_order(buffer, param):
-        state["momentum_buffer"] = torch.empty_like(param).copy_(buffer)
+    elif buffer.shape == param.shape:
+        state["momentum_buffer"] = _like_param("momentum_buffer", buffer, param)
     for name in _FILTER_STATE:
         if isinstance(saved.get(name), Tensor):
             state[name] = saved[name].to(
@@ -460,17 +498,12 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 def _check_hyper_parameters(group: dict[str, Any]) -> None:
     for name, (is_valid, wanted) in _RANGES.items():
         value = group[name]
-        if isinstance(value, DeviceScalar):
+        if not isinstance(value, DeviceScalar):
+            value = scalar(name, value, device=None)
+        # What lives on the device is not waited for.
+        if isinstance(value, DeviceScalar) or is_valid(value):
             continue
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(
-                    f"{name} must be a number or a 0-d tensor, but its shape is "
-                    f"{tuple(value.shape)}"
-                )
-            value = value.item()
-        if not is_valid(value):
-            raise ValueError(f"{name} must be {wanted}, but was {value}")
+        raise ValueError(f"{name} must be {wanted}, but was {value}")
     if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError(
             "nesterov needs momentum > 0 and dampening = 0, but momentum was "

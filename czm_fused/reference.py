@@ -6,6 +6,8 @@ are formed, stepped and multiplied again, where the kernels never form `V`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def filter_norms(weight: Tensor) -> Tensor:
 
     In `compute_dtype(weight.dtype)`.
     """
-    rows = weight.reshape(weight.shape[0], -1).to(compute_dtype(weight.dtype))
+    rows = weight.flatten(1).to(compute_dtype(weight.dtype))
     return torch.linalg.vector_norm(rows, dim=1)
 
 
@@ -40,10 +42,9 @@ def subtract_spatial_mean(grad: Tensor, zmg: float | Tensor) -> Tensor:
         grad: `(out_channels, in_channels / groups, *kernel_size)`.
         zmg: the share of the mean to remove, in [0, 1]. Slices with one tap have no mean to remove.
     """
-    taps = tuple(range(2, grad.dim()))
-    if grad[0, 0].numel() <= 1:
+    if math.prod(grad.shape[2:]) <= 1:
         return grad
-    return grad - zmg * grad.mean(dim=taps, keepdim=True)
+    return grad - zmg * grad.mean(dim=tuple(range(2, grad.dim())), keepdim=True)
 
 
 def step_(
@@ -89,7 +90,7 @@ def step_(
     if log_scale is not None:
         scale = _per_filter(log_scale.exp(), weight)
         direction, direction_grad = weight / scale, dweight * scale
-        log_scale_grad = (dweight * weight).reshape(weight.shape[0], -1).sum(dim=1)
+        log_scale_grad = (dweight * weight).flatten(1).sum(dim=1)
         step = _momentum_step(
             log_scale_grad, log_scale_momentum_buffer, momentum, dampening, nesterov
         )

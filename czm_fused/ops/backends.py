@@ -17,6 +17,8 @@ ENVIRONMENT_VARIABLE = "CZM_FUSED_BACKEND"
 _log = logging.getLogger("czm_fused")
 
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# ROCm's devices are "cuda" to torch.
+_TRITON_DEVICES = ("cuda", "xpu")
 _PREFERENCE_ELSEWHERE = ("triton", "reference")
 _BUILD_REMEDY = "reinstall with CZM_FUSED_BUILD={0}, which prints why it cannot build it"
 
@@ -51,6 +53,8 @@ def problem(backend: str, device_type: str) -> str | None:
     if backend == "triton":
         if device_type == "cpu" and not interpreting_triton():
             return "triton runs CPU tensors only under its interpreter; set TRITON_INTERPRET=1"
+        if device_type not in ("cpu", *_TRITON_DEVICES):
+            return f"triton runs on {' and '.join(_TRITON_DEVICES)} devices, not on {device_type}"
         return _triton_problem()
     if device_type != backend:
         return f"the {backend} backend takes {backend} tensors, not {device_type}"

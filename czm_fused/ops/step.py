@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,10 +13,12 @@ from czm_fused import reference
 from czm_fused.ops import backends
 from czm_fused.ops.library import lib
 from czm_fused.ops.table import (
+    GROUP_COLUMNS,
     DeviceScalar,
     HyperParameters,
     StepEntry,
     build_table,
+    check_entry,
     same_memory_order,
 )
 
@@ -25,6 +28,14 @@ IS_EXP_SCALED = 2
 IS_ZERO_MEAN = 4
 IS_ANCHORED = 8
 IS_DAMPENED = 16
+
+# The state that such a tensor has, in the order of the operator's lists: the bits that ask for it.
+STATE_BITS = {
+    "momentum_buffer": HAS_MOMENTUM,
+    "log_scale": IS_EXP_SCALED,
+    "log_scale_momentum_buffer": IS_EXP_SCALED | HAS_MOMENTUM,
+    "step": IS_DAMPENED,
+}
 
 lib.define(
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
@@ -88,7 +99,8 @@ class ReferenceStep:
         for entry, grad in zip(self._entries, grads, strict=True):
             group = groups[entry.group]
             if grad_scale is not None:
-                grad = grad / grad_scale.to(grad.device)
+                # In the arithmetic's dtype: a half gradient would be rounded, or vanish.
+                grad = grad.to(reference.compute_dtype(grad.dtype)) / grad_scale
             has_momentum = entry.momentum_buffer is not None
             # Without momentum torch.optim.SGD ignores dampening, and so it does at the first step.
             first = entry.step is not None and entry.step.item() == 0
@@ -109,8 +121,26 @@ class ReferenceStep:
             )
 
 
-def _runner(backend: str, entries: Sequence[StepEntry]) -> CpuStep | ReferenceStep:
-    return {"cpu": CpuStep, "reference": ReferenceStep}[backend](entries)
+class _Runner(Protocol):
+    def __call__(
+        self,
+        grads: Sequence[Tensor],
+        hyper_parameters: HyperParameters,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None: ...
+
+
+def _runner(backend: str, entries: Sequence[StepEntry]) -> _Runner:
+    if backend == "cuda":
+        from czm_fused.ops.cuda import CudaStep
+
+        return CudaStep(entries)
+    if backend == "triton":
+        from czm_fused.ops.triton.step import TritonStep
+
+        return TritonStep(entries)
+    return CpuStep(entries) if backend == "cpu" else ReferenceStep(entries)
 
 
 class StepPlan:
@@ -121,28 +151,39 @@ class StepPlan:
         backend: one of `backends.BACKENDS`.
 
     Raises:
-        ValueError: a tensor whose memory the backend cannot walk.
+        ValueError: a tensor whose memory the backend cannot walk, or state that does not fit its
+            parameter.
     """
 
     def __init__(self, entries: Sequence[StepEntry], backend: str) -> None:
         self.backend = backend
         self.params = [entry.param for entry in entries]
         self.steps = [entry.step for entry in entries if entry.step is not None]
+        self._state = [
+            tensor
+            for entry in entries
+            for tensor in (getattr(entry, name) for name in STATE_BITS)
+            if tensor is not None
+        ]
         # Detached aliases keep the memory from being reused: an equal address is the same memory.
-        self._memory = [param.detach() for param in self.params]
-        self._addresses = list(map(Tensor.data_ptr, self.params))
+        self._memory = [tensor.detach() for tensor in (*self.params, *self._state)]
+        self._addresses = list(map(Tensor.data_ptr, self._memory))
+        self._contiguous = all(map(Tensor.is_contiguous, self.params))
         self._strides = list(map(Tensor.stride, self.params))
         self._dtypes = [param.dtype for param in self.params]
         self._device = self.params[0].device
-        self._devices = [self._device] * len(self.params)
+        self._has_met_grads = False
+        for number, entry in enumerate(entries):
+            check_entry(number, entry, self._device)
         self._run = _runner(backend, entries)
 
     def still_describes(self, params: list[Tensor]) -> bool:
-        """Whether `params` are the plan's, in its order and where they were."""
+        """Whether `params` are the plan's, in its order, and all its memory is where it was."""
         return (
             len(params) == len(self.params)
             and all(map(operator.is_, params, self.params))
-            and list(map(Tensor.data_ptr, params)) == self._addresses
+            and [*map(Tensor.data_ptr, params), *map(Tensor.data_ptr, self._state)]
+            == self._addresses
         )
 
     def run(
@@ -155,50 +196,61 @@ class StepPlan:
         """Update every tensor of the plan in place.
 
         Args:
-            grads: a gradient for each parameter, of its shape, dtype and device.
+            grads: the gradients, as `in_memory_order` returns them.
             hyper_parameters: of the groups that the entries name.
             grad_scale: what the gradients are divided by, or None for 1.
             found_inf: nothing is updated where this is not 0.
-
-        Raises:
-            RuntimeError: a gradient that is sparse, or of another dtype or device than its
-                parameter; nothing is updated then.
         """
-        self._run(self._checked(grads), hyper_parameters, grad_scale, found_inf)
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(self._device, torch.float32)
+        if found_inf is not None:
+            found_inf = found_inf.to(self._device, torch.float32)
+        self._run(grads, hyper_parameters, grad_scale, found_inf)
         if self.steps:
             updated = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
             torch._foreach_add_(self.steps, updated)
 
-    def _checked(self, grads: list[Tensor]) -> list[Tensor]:
-        """Return the gradients in their parameters' memory order."""
-        if [grad.dtype for grad in grads] != self._dtypes or [
-            grad.device for grad in grads
-        ] != self._devices:
-            _refuse_grads(self.params, grads)
-        try:
-            strides = list(map(Tensor.stride, grads))
-        except RuntimeError:
-            _refuse_grads(self.params, grads)
-            raise
-        if strides == self._strides:
+    def in_memory_order(self, grads: list[Tensor]) -> list[Tensor]:
+        """Return the gradients in their parameters' memory order, copied where they are not.
+
+        Raises:
+            RuntimeError: a gradient that is sparse, or of another shape, dtype or device than its
+                parameter.
+        """
+        # Torch itself holds a gradient to its parameter's shape and device; dtypes may differ, and
+        # where the parameter was replaced under its gradient the plan is new.
+        if self._has_met_grads and self._are_in_order(grads):
             return grads
+        _check_grads(self.params, grads)
+        self._has_met_grads = True
         return [
             grad if same_memory_order(param, grad) else torch.empty_like(param).copy_(grad)
             for param, grad in zip(self.params, grads, strict=True)
         ]
 
+    def _are_in_order(self, grads: list[Tensor]) -> bool:
+        if [grad.dtype for grad in grads] != self._dtypes:
+            return False
+        try:
+            if self._contiguous:
+                return all(map(Tensor.is_contiguous, grads))
+            return list(map(Tensor.stride, grads)) == self._strides
+        except RuntimeError:  # Sparse layouts have neither.
+            return False
 
-def _refuse_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+
+def _check_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     for number, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if grad.layout != torch.strided:
             raise RuntimeError(
                 f"the gradient of parameter {number} is {grad.layout}, which FusedCZMSGD does not "
                 "take; use a dense gradient (for nn.Embedding: sparse=False)"
             )
-        if grad.dtype != param.dtype or grad.device != param.device:
+        if (grad.shape, grad.dtype, grad.device) != (param.shape, param.dtype, param.device):
             raise RuntimeError(
-                f"the gradient of parameter {number} is {grad.dtype} on {grad.device}, but the "
-                f"parameter is {param.dtype} on {param.device}; they must agree"
+                f"the gradient of parameter {number} is {grad.dtype} of shape {tuple(grad.shape)} "
+                f"on {grad.device}, but the parameter is {param.dtype} of shape "
+                f"{tuple(param.shape)} on {param.device}; they must agree"
             )
 
 
@@ -211,22 +263,24 @@ def entries_from_lists(
     kinds: Sequence[int],
     groups: Sequence[int],
 ) -> list[StepEntry]:
-    """Deal the lists of `czm_fused::step_` out to their parameters, as `kinds` says."""
-    momentum = iter(momentum_buffers)
-    log_scale = iter(log_scales)
-    log_scale_momentum = iter(log_scale_momentum_buffers)
-    step = iter(steps)
+    """Deal the lists of `czm_fused::step_` out to their parameters, as `kinds` says.
+
+    Raises:
+        ValueError: a list of another length than the parameters or `kinds` ask for.
+    """
+    for name, values in (("kinds", kinds), ("groups", groups)):
+        _check_length(name, values, len(params))
+    lists = (momentum_buffers, log_scales, log_scale_momentum_buffers, steps)
+    for (name, bits), tensors in zip(STATE_BITS.items(), lists, strict=True):
+        _check_length(f"{name}s", tensors, sum(kind & bits == bits for kind in kinds))
+    state = {name: iter(tensors) for name, tensors in zip(STATE_BITS, lists, strict=True)}
     return [
         StepEntry(
             param=param,
-            momentum_buffer=next(momentum) if kind & HAS_MOMENTUM else None,
-            log_scale=next(log_scale) if kind & IS_EXP_SCALED else None,
-            log_scale_momentum_buffer=(
-                next(log_scale_momentum)
-                if kind & IS_EXP_SCALED and kind & HAS_MOMENTUM
-                else None
-            ),
-            step=next(step) if kind & IS_DAMPENED else None,
+            **{
+                name: next(state[name]) if kind & bits == bits else None
+                for name, bits in STATE_BITS.items()
+            },
             group=group,
             zero_mean=bool(kind & IS_ZERO_MEAN),
             anchored=bool(kind & IS_ANCHORED),
@@ -235,6 +289,12 @@ def entries_from_lists(
     ]
 
 
+def _check_length(name: str, values: Sequence[object], length: int) -> None:
+    if len(values) != length:
+        raise ValueError(f"{name} must have {length} elements, but has {len(values)}")
+
+
+@torch.no_grad()
 def _step(
     params: list[Tensor],
     grads: list[Tensor],
@@ -254,11 +314,24 @@ def _step(
     entries = entries_from_lists(
         params, momentum_buffers, log_scales, log_scale_momentum_buffers, steps, kinds, groups
     )
+    _check_length("grads", grads, len(params))
+    rows = _hyper_parameters(hyper_parameters)
+    for group in groups:
+        if not 0 <= group < len(rows.rows):
+            raise ValueError(f"group {group} is not one of the {len(rows.rows)} hyper_parameters")
     plan = StepPlan(entries, backends.choose(params[0].device, backend))
-    plan.run(grads, _hyper_parameters(hyper_parameters), grad_scale, found_inf)
+    plan.run(plan.in_memory_order(grads), rows, grad_scale, found_inf)
+    torch.autograd.graph.increment_version(
+        [*params, *momentum_buffers, *log_scales, *log_scale_momentum_buffers, *steps]
+    )
 
 
 def _hyper_parameters(tensor: Tensor) -> HyperParameters:
+    if tensor.dim() != 2 or tensor.shape[1] != len(GROUP_COLUMNS):
+        raise ValueError(
+            f"hyper_parameters must have shape (groups, {len(GROUP_COLUMNS)}), but has "
+            f"{tuple(tensor.shape)}"
+        )
     if tensor.device.type == "cpu":
         return HyperParameters([tuple(row) for row in tensor.tolist()])
     rows = tensor.to(torch.float32).unbind()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from czm_fused import reference
 
 COLUMNS = (
     "param",
@@ -84,23 +88,32 @@ class HyperParameters:
 
 
 def hyper_parameter_row(group: dict[str, Any]) -> tuple[float | DeviceScalar, ...]:
-    """Return the row of a parameter group: its numbers, and its device tensors unread.
+    """Return the row of a parameter group: its numbers, and its tensors, unread where the
+    parameters' device can read them.
 
     Raises:
-        ValueError: a tensor on a device that is not one float32.
+        ValueError: what `scalar` refuses.
     """
-    return tuple([_scalar(name, group[name]) for name in GROUP_COLUMNS])
+    params = group["params"]
+    device = params[0].device if params else None
+    return tuple([scalar(name, group[name], device) for name in GROUP_COLUMNS])
 
 
-def _scalar(name: str, value: Any) -> float | DeviceScalar:
-    if not isinstance(value, Tensor):
+def scalar(name: str, value: Any, device: torch.device | None) -> float | DeviceScalar:
+    """Return hyper-parameter `name` as a number, or unread if it lives on `device`, not the CPU.
+
+    Raises:
+        ValueError: neither a number nor a tensor of one, or a tensor on `device` not in float32.
+    """
+    if isinstance(value, (float, int, numbers.Real)):
         return float(value)
-    if value.device.type == "cpu":
-        return value.item()
-    if value.dtype != torch.float32 or value.numel() != 1:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ValueError(f"{name} must be a number or a 0-d tensor, but was {value!r}")
+    if value.device.type == "cpu" or value.device != device:
+        return float(value.item())
+    if value.dtype != torch.float32:
         raise ValueError(
-            f"{name} is a tensor of {value.dtype} and shape {tuple(value.shape)} on "
-            f"{value.device}; there it must be one float32"
+            f"{name} is a tensor of {value.dtype} on {value.device}; there it must be float32"
         )
     return DeviceScalar(value.data_ptr(), value)
 
@@ -153,11 +166,44 @@ def is_channels_last(weight: Tensor) -> bool:
     return weight.permute(0, *range(2, weight.dim()), 1).is_contiguous()
 
 
+def check_entry(number: int, entry: StepEntry, device: torch.device) -> None:
+    """Check that the state of parameter `number` fits it, since kernels see addresses alone.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype, device or memory order than the step needs.
+    """
+    param = entry.param
+    real = reference.compute_dtype(param.dtype)
+    per_filter = tuple(param.shape[:1])
+    for name, shape, dtype in (
+        ("param", tuple(param.shape), param.dtype),
+        ("momentum_buffer", tuple(param.shape), param.dtype),
+        ("log_scale", per_filter, real),
+        ("log_scale_momentum_buffer", per_filter, real),
+        ("step", (), torch.float32),
+    ):
+        tensor = getattr(entry, name)
+        if tensor is None:
+            continue
+        if (tuple(tensor.shape), tensor.dtype, tensor.device) != (shape, dtype, device):
+            raise ValueError(
+                f"the {name} of parameter {number} is {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)} on {tensor.device}; it must be {dtype} of shape {shape} "
+                f"on {device}"
+            )
+        like = param if name == "momentum_buffer" else tensor.contiguous()
+        if name != "param" and is_dense(like) and not same_memory_order(tensor, like):
+            raise ValueError(
+                f"the {name} of parameter {number} has strides {tensor.stride()}; they must be "
+                f"{like.stride()}"
+            )
+
+
 def build_table(entries: Sequence[StepEntry], plain_block: int) -> tuple[Tensor, int, int]:
     """Lay out the table of a step.
 
     Args:
-        entries: the tensors, none of them empty.
+        entries: the tensors. An empty one has no filters.
         plain_block: into how many weights a tensor without filters is split.
 
     Returns:
@@ -182,12 +228,12 @@ def build_table(entries: Sequence[StepEntry], plain_block: int) -> tuple[Tensor,
 def _fill_row(row: np.ndarray, entry: StepEntry, plain_block: int) -> None:
     param = entry.param
     numel = param.numel()
-    taps = param[0, 0].numel() if param.dim() > 2 else 1
+    taps = math.prod(param.shape[2:])
     zero_mean = entry.zero_mean and taps > 1
     reduces = entry.anchored or entry.log_scale is not None
     channels_last = False
     if reduces or zero_mean:
-        filter_numel = numel // param.shape[0]
+        filter_numel = math.prod(param.shape[1:])
         if not param.is_contiguous():
             channels_last = is_channels_last(param)
             if not channels_last:
@@ -201,7 +247,7 @@ def _fill_row(row: np.ndarray, entry: StepEntry, plain_block: int) -> None:
         state = getattr(entry, name)
         row[COLUMN[name]] = 0 if state is None else state.data_ptr()
     row[COLUMN["numel"]] = numel
-    row[COLUMN["filter_numel"]] = filter_numel
+    row[COLUMN["filter_numel"]] = max(filter_numel, 1)
     row[COLUMN["taps"]] = taps if zero_mean else 1
     row[COLUMN["channels_last"]] = channels_last
     row[COLUMN["reduces"]] = reduces

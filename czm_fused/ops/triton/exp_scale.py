@@ -1,0 +1,93 @@
+"""W[f] = exp(g[f]) * V[f] and its gradient, in Triton: one program a filter."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from czm_fused.ops.layout import dense, with_layout_of
+from czm_fused.ops.triton.device import current, real_dtype
+
+_TILE = 512
+
+
+@triton.jit
+def _forward_kernel(
+    weight, direction, log_scale, filter_numel, REAL: tl.constexpr, TILE: tl.constexpr
+):
+    number = tl.program_id(0)
+    begin = number.to(tl.int64) * filter_numel
+    scale = tl.exp(tl.load(log_scale + number).to(REAL))
+    tile = number * 0
+    while tile * TILE < filter_numel:
+        offsets = tile * TILE + tl.arange(0, TILE)
+        mask = offsets < filter_numel
+        v = tl.load(direction + begin + offsets, mask=mask, other=0.0).to(REAL)
+        tl.store(weight + begin + offsets, (scale * v).to(weight.dtype.element_ty), mask=mask)
+        tile += 1
+
+
+@triton.jit
+def _backward_kernel(
+    grad_direction, grad_log_scale, grad, direction, log_scale, filter_numel,
+    REAL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0)
+    begin = number.to(tl.int64) * filter_numel
+    scale = tl.exp(tl.load(log_scale + number).to(REAL))
+    total = tl.zeros([TILE], REAL)
+    tile = number * 0
+    while tile * TILE < filter_numel:
+        offsets = tile * TILE + tl.arange(0, TILE)
+        mask = offsets < filter_numel
+        v = tl.load(direction + begin + offsets, mask=mask, other=0.0).to(REAL)
+        dv = scale * tl.load(grad + begin + offsets, mask=mask, other=0.0).to(REAL)
+        total = tl.fma(dv, v, total)
+        tl.store(
+            grad_direction + begin + offsets, dv.to(grad_direction.dtype.element_ty), mask=mask
+        )
+        tile += 1
+    dg = tl.sum(total, axis=0)
+    tl.store(grad_log_scale + number, dg.to(grad_log_scale.dtype.element_ty))
+
+
+def exp_scale(direction: Tensor, log_scale: Tensor) -> Tensor:
+    """Compute the operator of `czm_fused.ops.exp_scale`."""
+    direction = dense(direction)
+    weight = torch.empty_like(direction)
+    _launch(_forward_kernel, direction, weight, direction, log_scale.contiguous())
+    return weight
+
+
+def exp_scale_backward(grad: Tensor, direction: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the gradient operator of `czm_fused.ops.exp_scale`."""
+    direction, log_scale = dense(direction), log_scale.contiguous()
+    grad_direction, grad_log_scale = torch.empty_like(direction), torch.zeros_like(log_scale)
+    _launch(
+        _backward_kernel,
+        direction,
+        grad_direction,
+        grad_log_scale,
+        with_layout_of(grad, direction),
+        direction,
+        log_scale,
+    )
+    return grad_direction, grad_log_scale
+
+
+def _launch(kernel: triton.JITFunction, direction: Tensor, *tensors: Tensor) -> None:
+    if direction.numel() == 0:
+        return
+    filters = direction.shape[0]
+    with current(direction.device):
+        kernel[(filters,)](
+            *tensors,
+            direction.numel() // filters,
+            REAL=real_dtype(direction.dtype),
+            TILE=_TILE,
+            enable_fp_fusion=False,
+        )
