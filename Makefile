@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/pip --disable-pip-version-check
 BUILD_INPUTS = setup.py pyproject.toml $(CONSTRAINTS) \
 	$(wildcard build_backend/*.py csrc/*.h csrc/*/*)
 
-.PHONY: train test lint clean
+.PHONY: train test lint gpu-check clean
 
 train: $(VENV)/train.stamp
 	$(VENV)/bin/czm-train --out $(OUT)
@@ -19,6 +19,10 @@ test: $(VENV)/train,dev.stamp
 lint: $(VENV)/train,dev.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+# On a machine with a GPU and with torch, in its own Python: nothing is fetched.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 # The stamp's name is the list of extras installed. torch comes first, so that the build finds it
 # and fetches none of its own. Editable, so that tests and training run this tree.

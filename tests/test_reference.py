@@ -1,4 +1,4 @@
-"""The oracle against the literal form: V and g as autograd parameters, LUMA as a loss, torch's SGD."""
+"""The oracle against the literal form: V and g as parameters, LUMA as a loss, torch.optim.SGD."""
 
 import itertools
 

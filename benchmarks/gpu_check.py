@@ -1,0 +1,159 @@
+"""Check and measure everything that needs a GPU, and write what came out as files.
+
+`make gpu-check` runs it. Exits with 1 if anything failed, and says what; a step that fails does not
+stop the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ("all", "vgg16_features")
+DTYPES = ("float32", "bfloat16")
+# Small cases in which every layout, dtype and kind of filter runs.
+SANITIZED = ("tests/ops/test_step.py", "-k", "cuda and (many_groups or finite or norm_zero)")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command, and for how many seconds it may run.
+
+    Attributes:
+        name: of the step, and of the log it leaves.
+        command: what to run, from the root of the repository.
+        seconds: after how long it has failed.
+        environment: variables it gets beside the present ones.
+    """
+
+    name: str
+    command: Sequence[str]
+    seconds: int
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def steps(results: Path) -> list[Step]:
+    """Return what is to be done, in order."""
+    python = sys.executable
+    pytest = [python, "-m", "pytest", "-q"]
+    major, minor = torch.cuda.get_device_capability()
+    build = {"CZM_FUSED_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
+    plan = [
+        Step("build", [python, *install], 240, build),
+        Step("tests", [*pytest, "tests/gpu", "tests/ops"], 240),
+    ]
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        command = [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        # torch's caching allocator hides what lies beyond a tensor.
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        plan.append(Step(tool, [*command, *pytest, *SANITIZED], 120, environment))
+    for backend in ("cuda", "triton"):
+        out = str(results / f"digits_{backend}")
+        train = ["-m", "czm_fused.training", "--device", "cuda", "--backend", backend]
+        plan.append(Step(f"digits_{backend}", [python, *train, "--epochs", "4", "--out", out], 120))
+    for dtype in DTYPES:
+        stem = f"step_throughput_{dtype}"
+        files = [
+            *("--json", str(results / f"{stem}.json")),
+            *("--details", str(results / f"{stem}_details.json")),
+            *("--plot", str(results / f"{stem}.png")),
+        ]
+        benchmark = ["benchmarks/step_throughput.py", "--device", "cuda", "--model", *MODELS]
+        seconds = ["--seconds", "12", "--dtype", dtype]
+        plan.append(Step(stem, [python, *benchmark, *seconds, *files], 180))
+    return plan
+
+
+def run(step: Step, results: Path) -> dict[str, object]:
+    """Run one step, its output in a log and, if it failed, its end on the terminal."""
+    log = results / f"{step.name}.log"
+    begin = time.monotonic()
+    print(f"{step.name} ...", flush=True)
+    with log.open("w") as output:
+        try:
+            code = subprocess.run(
+                step.command,
+                cwd=ROOT,
+                env={**os.environ, **step.environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=step.seconds,
+                check=False,
+            ).returncode
+            problem = f"exit code {code}" if code else None
+        except subprocess.TimeoutExpired:
+            problem = f"not done after {step.seconds} s"
+        except FileNotFoundError as error:
+            problem = str(error)
+    seconds = round(time.monotonic() - begin, 1)
+    print(f"{step.name}: {problem or 'passed'}, {seconds} s", flush=True)
+    if problem:
+        print(log.read_text(errors="replace")[-3000:], flush=True)
+    return {"step": step.name, "problem": problem, "seconds": seconds}
+
+
+def machine() -> dict[str, str]:
+    """Return what the results depend on: GPU, driver, torch, Triton and commit."""
+    import triton
+
+    driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": _output_of(driver),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": sys.version.split()[0],
+        "commit": _output_of(["git", "describe", "--always", "--dirty"]),
+    }
+
+
+def _output_of(command: Sequence[str]) -> str:
+    try:
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return finished.stdout.strip()
+
+
+def main() -> int:
+    """Run every step; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu name>")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="run these steps alone")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_check: torch finds no CUDA device on this machine", file=sys.stderr)
+        return 2
+    facts = machine()
+    folder = facts["gpu"].lower().replace(" ", "-")
+    results = (arguments.out or ROOT / "benchmarks" / "results" / folder).resolve()
+    results.mkdir(parents=True, exist_ok=True)
+    plan = steps(results)
+    if arguments.only:
+        unknown = set(arguments.only) - {step.name for step in plan}
+        if unknown:
+            parser.error(f"no step is named {', '.join(sorted(unknown))}")
+        plan = [step for step in plan if step.name in arguments.only]
+    outcomes = [run(step, results) for step in plan]
+    report = {**facts, "steps": outcomes}
+    (results / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n")
+    failed = [str(outcome["step"]) for outcome in outcomes if outcome["problem"]]
+    print(f"gpu_check: {'failed: ' + ', '.join(failed) if failed else 'all passed'}; see {results}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
