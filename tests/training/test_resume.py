@@ -1,6 +1,5 @@
 """A run that dies and is resumed ends like one that never died, bit for bit."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -32,6 +31,9 @@ def interrupt_at(monkeypatch, step_to_die_in):
 
 def state_of(folder):
     state = checkpoint.load(folder)
+    for group in state["trainer"]["optimizer"]["param_groups"]:
+        # torch adds this to the defaults of an optimizer that was loaded.
+        group.pop("differentiable", None)
     return {"trainer": state["trainer"], "history": without_times(state["history"])}
 
 
@@ -73,11 +75,11 @@ def test_resume_cuts_metrics_to_the_checkpoint(train, tmp_path, monkeypatch):
 
 def test_resume_of_a_complete_run_trains_no_more(train, tmp_path):
     assert train()[0] == 0
-    before = checkpoint.load(tmp_path / "run")
+    before = state_of(tmp_path / "run")
     status, out, _ = train("--resume")
     assert status == 0
     assert "epoch 4/4" not in out
-    assert_same(checkpoint.load(tmp_path / "run"), before)
+    assert_same(state_of(tmp_path / "run"), before)
     assert (tmp_path / "run" / "summary.json").exists()
 
 
@@ -108,17 +110,13 @@ def test_process_killed_at_some_moment_leaves_a_resumable_checkpoint(train, tmp_
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
         process.send_signal(death)
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=600)[1]
     finally:
         process.kill()
     if death == signal.SIGINT:
         assert process.returncode == 130
         assert f"czm-train --resume {folder}" in err
-    assert not [name for name in os.listdir(folder) if name == "summary.json"]
+    assert not (folder / "summary.json").exists()
     epochs = checkpoint.load(folder)["trainer"]["epoch"] + 1
-    # Away from the fixture's few digits the killed process trained on all of them.
-    resumed = subprocess.run(
-        [*command[:3], "--resume", str(folder), "--epochs", str(epochs)], capture_output=True
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    assert train("--resume", folder, "--epochs", epochs, out=folder, quick=[])[0] == 0
     assert len(read_metrics(folder)) == epochs

@@ -1,0 +1,1 @@
+"""The reference training: the paper's CIFAR residual networks, with and without BatchNorm."""

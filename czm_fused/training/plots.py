@@ -1,0 +1,72 @@
+"""The pictures of a run, drawn from its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .files import replacing
+
+
+def plot_accuracy(path: Path, history: Sequence[dict[str, Any]], *, title: str) -> None:
+    """Draw training and test accuracy over the epochs into the PNG file `path`.
+
+    Args:
+        history: the run's metrics, one record an epoch.
+    """
+    figure, axes = _figure(title, "accuracy, %")
+    epochs = [record["epoch"] for record in history]
+    for part in ("train", "test"):
+        axes.plot(epochs, [record[f"{part}_accuracy"] for record in history], ".-", label=part)
+    last = history[-1]
+    axes.annotate(
+        f"{last['test_accuracy']:.2f} %",
+        (last["epoch"], last["test_accuracy"]),
+        xytext=(-4, -14),
+        textcoords="offset points",
+        horizontalalignment="right",
+    )
+    axes.legend(loc="lower right")
+    _save(figure, path)
+
+
+def plot_filters(path: Path, history: Sequence[dict[str, Any]], *, title: str) -> None:
+    """Draw the percentiles of the filters' norms ‖V‖ over the epochs into the PNG file `path`.
+
+    Args:
+        history: the run's metrics, one record an epoch.
+    """
+    figure, axes = _figure(title, "filter magnitude ‖V‖")
+    epochs = [record["epoch"] for record in history]
+    norms = {
+        name: [record["filter_norms"][name] for record in history]
+        for name in history[0]["filter_norms"]
+    }
+    bands = (("min", "max", 0.12), ("p05", "p95", 0.2), ("p25", "p75", 0.35))
+    labels = ("all", "5 to 95 %", "25 to 75 %")
+    for (low, high, alpha), label in zip(bands, labels, strict=True):
+        axes.fill_between(
+            epochs, norms[low], norms[high], alpha=alpha, color="C0", linewidth=0, label=label
+        )
+    axes.plot(epochs, norms["p50"], ".-", color="C0", label="median")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="best")
+    _save(figure, path)
+
+
+def _figure(title: str, quantity: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(quantity)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
