@@ -1,0 +1,47 @@
+// Runs the baseline kernel over a memory image from stdin and writes the image to stdout: a way to
+// test it in an emulator that has no Python. Addresses in the tables are offsets into the image.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "step_table.h"
+
+namespace czm {
+namespace baseline {
+void step_range(const TensorRow* rows, const int64_t* grads, int64_t row_count,
+                const GroupRow* groups, double inverse_scale, int64_t begin, int64_t end);
+}
+}  // namespace czm
+
+struct Header {
+  int64_t rows, groups, work, image_bytes;
+};
+
+template <class T> std::vector<T> read(int64_t count) {
+  std::vector<T> values(count);
+  if (std::fread(values.data(), sizeof(T), count, stdin) != size_t(count)) std::exit(1);
+  return values;
+}
+
+int main() {
+  using czm::TensorRow;
+  const Header header = read<Header>(1)[0];
+  std::vector<TensorRow> rows = read<TensorRow>(header.rows);
+  std::vector<int64_t> grads = read<int64_t>(header.rows);
+  const std::vector<czm::GroupRow> groups = read<czm::GroupRow>(header.groups);
+  std::vector<char> image = read<char>(header.image_bytes);
+  const auto relocate = [&](int64_t& address) {
+    if (address) address += reinterpret_cast<int64_t>(image.data());
+  };
+  for (int64_t& grad : grads) relocate(grad);
+  for (TensorRow& row : rows) {
+    for (int64_t TensorRow::*address : {&TensorRow::param, &TensorRow::momentum_buffer,
+                                        &TensorRow::log_scale,
+                                        &TensorRow::log_scale_momentum_buffer, &TensorRow::step})
+      relocate(row.*address);
+  }
+  czm::baseline::step_range(rows.data(), grads.data(), header.rows, groups.data(), 1.0, 0,
+                            header.work);
+  return std::fwrite(image.data(), 1, image.size(), stdout) == image.size() ? 0 : 1;
+}

@@ -1,0 +1,139 @@
+"""Every instruction set of the C++ kernel against the oracle, not only the machine's best."""
+
+import bisect
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import AVAILABLE, OPTION_CASES, OTHER_CASES, SHAPE_CASES, Problem, step_arguments
+
+from czm_fused.ops.step import entries_from_lists
+from czm_fused.ops.table import COLUMN, build_table
+
+PLAIN_BLOCK = 1000
+CASES = [
+    case
+    for case in SHAPE_CASES[::3] + OPTION_CASES[::7] + OTHER_CASES
+    # Python copies a gradient of another layout before the kernel sees it.
+    if case.grad_layout is None and 0 < np.prod(case.shape) < 20_000
+]
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+CROSS_COMPILER = "aarch64-linux-gnu-g++"
+EMULATOR = "qemu-aarch64"
+
+
+def _tables(problems):
+    arguments = step_arguments(problems, "cpu")
+    table, _, work = build_table(entries_from_lists(arguments[0], *arguments[2:8]), PLAIN_BLOCK)
+    grads = torch.tensor([problem["grad"].data_ptr() for problem in problems])
+    # `arguments` holds the memory that the table points to.
+    return table, grads, arguments[8], work, arguments
+
+
+def _step_range(instruction_set):
+    """Return the kernel of one instruction set out of the module that ships."""
+    import czm_fused._C_cpu as module
+
+    name = (
+        f"_ZN3czm{len(instruction_set)}{instruction_set}"
+        "10step_rangeEPKNS_9TensorRowEPKllPKNS_8GroupRowEdll"
+    )
+    try:
+        function = getattr(ctypes.CDLL(module.__file__), name)
+    except AttributeError:
+        pytest.skip(f"the cpu module of this platform has no {instruction_set} kernel")
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [pointer, pointer, integer, pointer, ctypes.c_double, integer, integer]
+    function.restype = None
+    return function
+
+
+RUNS_HERE = {
+    "avx512": torch.cpu._is_avx512_supported,
+    "avx2": torch.cpu._is_avx2_supported,
+    "baseline": lambda: True,
+}
+
+
+@pytest.mark.skipif(("cpu", "cpu") not in AVAILABLE, reason="the native cpu module is not built")
+@pytest.mark.parametrize("instruction_set", RUNS_HERE)
+def test_step_range(instruction_set):
+    if not RUNS_HERE[instruction_set]():
+        pytest.skip(f"this processor has no {instruction_set}")
+    step_range = _step_range(instruction_set)
+    problems = [Problem(case, seed=seed) for seed, case in enumerate(CASES)]
+    table, grads, groups, work, _keep = _tables(problems)
+    # Parts that end inside filters and tensors.
+    cuts = [0, *sorted(torch.randint(work, (50,), generator=torch.Generator().manual_seed(0))
+                       .tolist()), work]
+    for begin, end in zip(cuts, cuts[1:], strict=False):
+        step_range(
+            table.data_ptr(), grads.data_ptr(), len(table), groups.data_ptr(), 1.0, begin, end
+        )
+    for problem in problems:
+        problem.check()
+
+
+@pytest.mark.skipif(not CSRC.is_dir(), reason="the C++ sources are not here")
+@pytest.mark.parametrize("program", [CROSS_COMPILER, EMULATOR])
+def test_aarch64_can_be_tested(program):
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed (Debian: g++-aarch64-linux-gnu, qemu-user)")
+
+
+@pytest.mark.skipif(
+    not CSRC.is_dir() or shutil.which(CROSS_COMPILER) is None or shutil.which(EMULATOR) is None,
+    reason="needs the C++ sources, a cross compiler and an emulator for aarch64",
+)
+def test_step_range_on_aarch64(tmp_path):
+    program = tmp_path / "step_range"
+    # As setup.py compiles it.
+    command = [CROSS_COMPILER, "-std=c++17", "-O3", "-ffp-contract=off", "-Wall", "-Werror"]
+    command += ["-static", f"-I{CSRC}", "-o", str(program)]
+    sources = [Path(__file__).with_name("step_range_program.cpp"), CSRC / "cpu/step_baseline.cpp"]
+    subprocess.run([*command, *map(str, sources)], check=True)
+
+    # The emulator takes a hundred times as long.
+    problems = [Problem(case, seed=seed) for seed, case in enumerate(CASES[::3])]
+    table, grads, groups, work, arguments = _tables(problems)
+    steps = arguments[5]
+    blocks = [memory.block for problem in problems for memory in problem.memory.values()] + steps
+    image, offset_of = _image(blocks)
+    addresses = table[:, : COLUMN["step"] + 1]
+    addresses.apply_(offset_of)
+    grads.apply_(offset_of)
+    header = np.array([len(table), len(groups), work, len(image)])
+    given = b"".join(x.tobytes() for x in (header, table.numpy(), grads.numpy(), groups.numpy()))
+    result = subprocess.run(
+        [EMULATOR, str(program)], input=given + image, stdout=subprocess.PIPE, check=True
+    ).stdout
+    assert len(result) == len(image)
+    for block in blocks:
+        begin = offset_of(block.data_ptr())
+        values = np.frombuffer(result[begin : begin + block.nbytes], dtype=np.uint8)
+        block.reshape(-1).view(torch.uint8).copy_(torch.from_numpy(values.copy()))
+    for problem in problems:
+        problem.check()
+
+
+def _image(blocks):
+    """Return the blocks' bytes in one piece, and the function from their addresses to offsets."""
+    starts, begins, parts, size = [], [], [bytes(64)], 64
+    for block in sorted(blocks, key=torch.Tensor.data_ptr):
+        padding = -block.nbytes % 64
+        starts.append(block.data_ptr())
+        begins.append(size)
+        parts += [block.reshape(-1).view(torch.uint8).numpy().tobytes(), bytes(padding)]
+        size += block.nbytes + padding
+
+    def offset_of(address):
+        if address == 0:
+            return 0
+        number = bisect.bisect_right(starts, address) - 1
+        return begins[number] + address - starts[number]
+
+    return b"".join(parts), offset_of

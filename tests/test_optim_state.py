@@ -1,0 +1,335 @@
+"""FusedCZMSGD's state saved, loaded and copied; GradScaler; torch.compile."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from small_training import (
+    CZM,
+    PLAIN,
+    assert_equal,
+    backward,
+    network,
+    on_every_backend,
+    state_of,
+    train,
+    weights,
+)
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import lr_scheduler
+
+from czm_fused import FusedCZMSGD, reference
+from czm_fused.ops.table import same_memory_order
+
+
+def by_state_dict(optimizer, model):
+    other = FusedCZMSGD(model.parameters(), lr=7.0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return other
+
+
+def by_file(optimizer, model):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = FusedCZMSGD(model.parameters(), lr=7.0, zmg=0.1)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    return other
+
+
+def by_pickle(optimizer, model):
+    params, optimizer = pickle.loads(pickle.dumps((list(model.parameters()), optimizer)))
+    _adopt(model, params)
+    return optimizer
+
+
+def by_deepcopy(optimizer, model):
+    params, optimizer = copy.deepcopy((list(model.parameters()), optimizer))
+    _adopt(model, params)
+    return optimizer
+
+
+def _adopt(model, params):
+    names = [name for name, _ in model.named_parameters()]
+    for name, param in zip(names, params, strict=True):
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, param)
+
+
+@pytest.mark.parametrize("carry", [by_state_dict, by_file, by_pickle, by_deepcopy])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("options", [{}, {"dampening": 0.5, "luma": 0.1}])
+def test_training_continues_bit_for_bit(options, layout, dtype, carry):
+    model = network(dtype=dtype).to(memory_format=layout)
+    optimizer = FusedCZMSGD(model.parameters(), **CZM, **options)
+    train(model, optimizer, 3)
+    twin = copy.deepcopy(model)
+    if carry in (by_pickle, by_deepcopy):
+        twin = model.__class__(*copy.deepcopy(list(model)))
+        other = carry(optimizer, model)
+        model, twin = twin, model
+        optimizer = by_state_dict(optimizer, model)
+    else:
+        other = carry(optimizer, twin)
+    assert_equal(state_of(other), state_of(optimizer))
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert a is not b
+    train(model, optimizer, 3, begin=3)
+    train(twin, other, 3, begin=3)
+    assert_equal(weights(twin), weights(model))
+    assert_equal(state_of(other), state_of(optimizer))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_loading_keeps_log_scales_exact(dtype):
+    model = network(dtype=dtype)
+    optimizer = FusedCZMSGD(model.parameters(), **CZM)
+    train(model, optimizer, 3)
+    other = by_file(optimizer, copy.deepcopy(model))
+    for a, b in zip(state_of(optimizer), state_of(other), strict=True):
+        for name in a:
+            assert a[name].dtype == b[name].dtype
+            assert torch.equal(a[name], b[name])
+
+
+def test_loading_takes_the_present_layout_and_dtype():
+    model = network()
+    optimizer = FusedCZMSGD(model.parameters(), **CZM)
+    train(model, optimizer, 2)
+    twin = network(dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    other = by_state_dict(optimizer, twin)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        buffer = other.state[q]["momentum_buffer"]
+        assert buffer.dtype == torch.bfloat16 and same_memory_order(buffer, q)
+        assert torch.equal(buffer, optimizer.state[p]["momentum_buffer"].to(torch.bfloat16))
+        if p.dim() > 2:
+            assert_equal(other.state[q]["log_scale"], optimizer.state[p]["log_scale"])
+    train(twin, other, 1)
+
+
+def test_loading_a_state_of_torch_sgd():
+    model, twin = network(), network()
+    sgd = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9, foreach=False)
+    train(twin, sgd, 3)
+    model.load_state_dict(twin.state_dict())
+    optimizer = FusedCZMSGD(model.parameters(), luma=0.125)
+    optimizer.load_state_dict(sgd.state_dict())
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"], group["zmg"], group["luma"]) == (0.05, 0.9, 0.85, 0.125)
+    expected = {p: reference.initial_log_scale(p.detach()) for p in model.parameters()
+                if p.dim() > 2}
+    group["lr"] = 0.0
+    train(model, optimizer, 1)
+    for p, log_scale in expected.items():
+        assert torch.equal(optimizer.state[p]["log_scale"], log_scale)
+
+
+def test_sgds_state_continues_as_sgd():
+    model, twin = network(), network()
+    sgd = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9, dampening=0.5, foreach=False)
+    train(twin, sgd, 3)
+    model.load_state_dict(twin.state_dict())
+    optimizer = FusedCZMSGD(model.parameters(), **PLAIN)
+    optimizer.load_state_dict(copy.deepcopy(sgd.state_dict()))
+    train(model, optimizer, 3, begin=3)
+    train(twin, sgd, 3, begin=3)
+    # 3 steps of some 10 roundings of numbers below 1.
+    for a, b in zip(weights(model), weights(twin), strict=True):
+        assert ((a - b).abs() <= 3 * 10 * torch.finfo(torch.float32).eps).all()
+
+
+def test_sgds_state_without_momentum():
+    model = network()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    train(model, sgd, 1)
+    optimizer = FusedCZMSGD(model.parameters(), **CZM)
+    optimizer.load_state_dict(sgd.state_dict())
+    optimizer.param_groups[0]["momentum"] = 0.9
+    train(model, optimizer, 1)
+    for p in model.parameters():
+        assert optimizer.state[p]["momentum_buffer"].shape == p.shape
+
+
+def test_older_dictionaries_keep_the_present_values():
+    model = network()
+    optimizer = FusedCZMSGD(model.parameters(), **CZM)
+    saved = optimizer.state_dict()
+    for name in ("zmg", "luma", "exp_scale", "maximize", "min_filter_dim"):
+        del saved["param_groups"][0][name]
+    other = FusedCZMSGD([{"params": model.parameters(), "luma": 0.5, "exp_scale": False}], zmg=0.25)
+    other.load_state_dict(saved)
+    group = other.param_groups[0]
+    assert (group["zmg"], group["luma"], group["exp_scale"]) == (0.25, 0.5, False)
+    assert (group["min_filter_dim"], group["maximize"]) == (2, False)
+    assert group["momentum"] == 0.9
+    train(model, other, 1)
+
+
+def test_a_dictionary_of_another_network_is_refused():
+    model = network()
+    optimizer = FusedCZMSGD(model.parameters(), **CZM)
+    train(model, optimizer, 1)
+    before = state_of(optimizer)
+    other = FusedCZMSGD([nn.Parameter(torch.ones(3))], lr=0.1)
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict(other.state_dict())
+    assert_equal(state_of(optimizer), before)
+
+
+def test_copies_keep_their_backend_and_amp_contract():
+    optimizer = FusedCZMSGD(network().parameters(), **CZM, backend="reference")
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert other.backend == "reference"
+        assert other._step_supports_amp_scaling
+        assert other.param_groups[0]["zmg"] == 0.85
+
+
+# --- GradScaler -----------------------------------------------------------------------------------
+
+
+def scaled_backward(model, scaler, seed, infinite=False):
+    x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    model.zero_grad()
+    loss = model(x).square().mean()
+    scaler.scale(loss * float("inf") if infinite else loss).backward()
+
+
+@on_every_backend
+@pytest.mark.parametrize("options", [{}, {"dampening": 0.5}, {"nesterov": True}])
+def test_grad_scaler_skips_without_a_trace(options, backend):
+    model, twin = network(), network()
+    optimizer = FusedCZMSGD(model.parameters(), **CZM, **options, backend=backend)
+    plain = FusedCZMSGD(twin.parameters(), **CZM, **options, backend=backend)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    # The first step, and a later one, meet an infinity.
+    for seed, infinite in enumerate((True, False, False, True, False)):
+        scaled_backward(model, scaler, seed, infinite)
+        before = weights(model)
+        scaler.step(optimizer)
+        scaler.update()
+        if infinite:
+            assert_equal(weights(model), before)
+        else:
+            backward(twin, seed)
+            plain.step()
+            # A power of two scales exactly.
+            assert_equal(weights(model), weights(twin))
+            assert_equal(state_of(optimizer), state_of(plain))
+    assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
+
+
+@on_every_backend
+def test_grad_scaler_with_unscaling_and_clipping(backend):
+    model, twin = network(), network()
+    optimizer = FusedCZMSGD(model.parameters(), **CZM, backend=backend)
+    plain = FusedCZMSGD(twin.parameters(), **CZM, backend=backend)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for seed, infinite in enumerate((True, False, False)):
+        scaled_backward(model, scaler, seed, infinite)
+        scaler.unscale_(optimizer)
+        clip_grad_norm_(model.parameters(), 0.01)
+        scaler.step(optimizer)
+        scaler.update()
+        if not infinite:
+            backward(twin, seed)
+            clip_grad_norm_(twin.parameters(), 0.01)
+            plain.step()
+        assert_equal(weights(model), weights(twin))
+
+
+def test_grad_scaler_without_any_gradient():
+    model = network()
+    optimizer = FusedCZMSGD(model.parameters(), **CZM)
+    # As GradScaler leaves them where it met no gradient.
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), 0
+    before = weights(model)
+    optimizer.step()
+    assert_equal(weights(model), before)
+
+
+@on_every_backend
+def test_grad_scaler_with_half_parameters(backend):
+    model = network(dtype=torch.bfloat16)
+    optimizer = FusedCZMSGD(model.parameters(), **CZM, backend=backend)
+    twin = network(dtype=torch.bfloat16)
+    plain = FusedCZMSGD(twin.parameters(), **CZM, backend=backend)
+    for seed in range(3):
+        backward(model, seed)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad, p.grad = p.grad, p.grad * 256
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(256.0), torch.tensor(0.0)
+        optimizer.step()
+        plain.step()
+        assert_equal(weights(model), weights(twin))
+
+
+# --- torch.compile --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("options", [{}, {"dampening": 0.5, "weight_decay": 0.1}])
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_step_compiles_once_under_a_scheduler(options, compiler):
+    if compiler == "inductor" and options:
+        pytest.skip("Inductor is tried once")
+    model, twin = network(), network()
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    optimizer = FusedCZMSGD(model.parameters(), lr=lr, momentum=0.9, **options)
+    plain = FusedCZMSGD(twin.parameters(), lr=0.1, momentum=0.9, **options)
+    # The first step creates state, and is no part of what recurs.
+    train(model, optimizer, 1)
+    train(twin, plain, 1)
+    # Before the scheduler: it wraps `step` in a function that Dynamo refuses to trace.
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend=compiler)
+    schedules = [lr_scheduler.ExponentialLR(o, 0.5) for o in (optimizer, plain)]
+    for seed in range(1, 6):
+        backward(model, seed)
+        with torch.compiler.set_stance("default" if seed == 1 else "fail_on_recompile"):
+            compiled()
+        backward(twin, seed)
+        plain.step()
+        for schedule in schedules:
+            schedule.step()
+        for a, b in zip(weights(model), weights(twin), strict=True):
+            assert torch.equal(a, b)
+        assert_equal(state_of(optimizer), state_of(plain))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiled_step_creates_missing_state():
+    model, twin = network(), network()
+    optimizer = FusedCZMSGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.9)
+    plain = FusedCZMSGD(twin.parameters(), lr=float(torch.tensor(0.1)), momentum=0.9)
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        backward(model, seed)
+        compiled()
+        backward(twin, seed)
+        plain.step()
+    assert_equal(weights(model), weights(twin))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiled_step_after_eager_steps_and_back():
+    model, twin = network(), network()
+    optimizer = FusedCZMSGD(model.parameters(), lr=torch.tensor(0.125), momentum=0.9)
+    plain = FusedCZMSGD(twin.parameters(), lr=0.125, momentum=0.9)
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
+    for seed, step in enumerate((optimizer.step, compiled, optimizer.step, compiled)):
+        backward(model, seed)
+        step()
+        backward(twin, seed)
+        plain.step()
+    assert_equal(weights(model), weights(twin))
