@@ -1,0 +1,117 @@
+// czm_fused::add_relu_noise and its gradient on CUDA tensors.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "../cpu/dense.h"
+#include "add_relu_noise_kernel.cuh"
+#include "tensors.h"
+
+namespace czm {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+void check_activation(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() >= 2, name, " must have the dimensions (samples, channels, ...)");
+}
+
+void check_alike(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
+  STD_TORCH_CHECK(same_sizes(a, b) && a.scalar_type() == b.scalar_type() && on_same_device(a, b),
+                  a_name, " and ", b_name, " must have the same shape, dtype and device");
+}
+
+std::optional<Tensor> checked_noise(const std::optional<Tensor>& noise, const Tensor& activation) {
+  if (!noise) return std::nullopt;
+  const bool is_double = activation.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(noise->dim() == 2 && noise->size(0) == activation.size(0) &&
+                      noise->size(1) == activation.size(1) && on_same_device(*noise, activation),
+                  "noise must have the shape (samples, channels) and the device of the activation");
+  STD_TORCH_CHECK(
+      noise->scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float),
+      "noise must be float32, or float64 for a float64 activation");
+  return torch::stable::contiguous(*noise);
+}
+
+// Calls launch(size, noise) for a dense activation that has elements.
+template <class Stored, class Launch, class... Address>
+void for_noise(const std::optional<Tensor>& u, const Tensor& activation, const Launch& launch,
+               const Address*... addresses) {
+  const int64_t count = activation.numel(), channels = activation.size(1);
+  const int64_t area = count / (activation.size(0) * channels);
+  choose_elementwise<Stored>(
+      count,
+      [&](auto size, auto divide_by) {
+        launch(size, noise_of<Stored>(u ? elements<Real<Stored>>(*u) : nullptr, channels, area,
+                                      area == 1 || !activation.is_contiguous(), divide_by));
+      },
+      addresses...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor add_relu_noise(const Tensor& x, std::optional<Tensor> residual,
+                      const std::optional<Tensor>& noise) {
+  check_activation(x, "x");
+  const auto guard = on_device_of(x);
+  const Tensor dense_x = dense(x);
+  if (residual) {
+    check_alike(x, "x", *residual, "residual");
+    residual = with_layout_of(*residual, dense_x);
+  }
+  const std::optional<Tensor> u = checked_noise(noise, x);
+  Tensor output = torch::stable::empty_like(dense_x);
+  const int64_t count = x.numel();
+  if (count == 0) return output;
+  for_dtype_of(x, "x", [&](auto zero) {
+    using Stored = decltype(zero);
+    Stored* const out = mutable_elements<Stored>(output);
+    const Stored* const a = elements<Stored>(dense_x);
+    const Stored* const b = residual ? elements<Stored>(*residual) : nullptr;
+    for_noise<Stored>(
+        u, dense_x,
+        [&](auto size, const auto& factors) {
+          add_relu_noise_kernel<size>
+              <<<elementwise_blocks<size>(count), kElementwiseThreads, 0, current_stream(x)>>>(
+                  out, a, b, factors, count);
+        },
+        out, a, b);
+  });
+  return output;
+}
+
+Tensor add_relu_noise_backward(const Tensor& grad, const Tensor& output,
+                               const std::optional<Tensor>& noise) {
+  check_activation(output, "output");
+  check_alike(output, "output", grad, "grad");
+  const auto guard = on_device_of(output);
+  const Tensor dense_output = dense(output);
+  const Tensor dense_grad = with_layout_of(grad, dense_output);
+  const std::optional<Tensor> u = checked_noise(noise, output);
+  Tensor grad_input = torch::stable::empty_like(dense_output);
+  const int64_t count = output.numel();
+  if (count == 0) return grad_input;
+  for_dtype_of(output, "output", [&](auto zero) {
+    using Stored = decltype(zero);
+    Stored* const result = mutable_elements<Stored>(grad_input);
+    const Stored* const g = elements<Stored>(dense_grad);
+    const Stored* const out = elements<Stored>(dense_output);
+    for_noise<Stored>(
+        u, dense_output,
+        [&](auto size, const auto& factors) {
+          add_relu_noise_backward_kernel<size>
+              <<<elementwise_blocks<size>(count), kElementwiseThreads, 0, current_stream(output)>>>(
+                  result, g, out, factors, count);
+        },
+        result, g, out);
+  });
+  return grad_input;
+}
+
+}  // namespace
+}  // namespace czm
+
+STABLE_TORCH_LIBRARY_IMPL(czm_fused, CUDA, m) {
+  m.impl("add_relu_noise", TORCH_BOX(&czm::add_relu_noise));
+  m.impl("add_relu_noise_backward", TORCH_BOX(&czm::add_relu_noise_backward));
+}

@@ -1,0 +1,98 @@
+// czm_fused::exp_scale and its gradient on CUDA tensors.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "../cpu/dense.h"
+#include "exp_scale_kernel.cuh"
+#include "tensors.h"
+
+namespace czm {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+void check(const Tensor& direction, const Tensor& log_scale) {
+  STD_TORCH_CHECK(direction.dim() >= 1, "direction must have the dimensions (filters, ...)");
+  STD_TORCH_CHECK(log_scale.dim() == 1 && log_scale.size(0) == direction.size(0) &&
+                      on_same_device(log_scale, direction),
+                  "log_scale must hold one number for each filter of direction, on its device");
+}
+
+Tensor as_type(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+// The log-scales in the type of the arithmetic.
+Tensor arithmetic_log_scale(const Tensor& log_scale, const Tensor& direction) {
+  const bool is_double = direction.scalar_type() == ScalarType::Double;
+  return torch::stable::contiguous(
+      as_type(log_scale, is_double ? ScalarType::Double : ScalarType::Float));
+}
+
+Tensor exp_scale(const Tensor& direction, const Tensor& log_scale) {
+  check(direction, log_scale);
+  const auto guard = on_device_of(direction);
+  const Tensor v = dense(direction);
+  const Tensor g = arithmetic_log_scale(log_scale, direction);
+  Tensor weight = torch::stable::empty_like(v);
+  if (v.numel() == 0) return weight;
+  const int64_t filters = v.size(0), filter_numel = v.numel() / filters;
+  for_dtype_of(v, "direction", [&](auto zero) {
+    using Stored = decltype(zero);
+    Stored* const out = mutable_elements<Stored>(weight);
+    const Stored* const in = elements<Stored>(v);
+    choose_filter_packs<Stored>(
+        filter_numel,
+        [&](auto size) {
+          exp_scale_kernel<size><<<unsigned(filters), kFilterThreads, 0, current_stream(v)>>>(
+              out, in, elements<Real<Stored>>(g), filter_numel);
+        },
+        out, in);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return weight;
+}
+
+std::tuple<Tensor, Tensor> exp_scale_backward(const Tensor& grad, const Tensor& direction,
+                                              const Tensor& log_scale) {
+  check(direction, log_scale);
+  STD_TORCH_CHECK(same_sizes(grad, direction) && grad.scalar_type() == direction.scalar_type() &&
+                      on_same_device(grad, direction),
+                  "grad must have the shape, dtype and device of direction");
+  const auto guard = on_device_of(direction);
+  const Tensor v = dense(direction);
+  const Tensor dw = with_layout_of(grad, v);
+  const Tensor g = arithmetic_log_scale(log_scale, direction);
+  Tensor grad_direction = torch::stable::empty_like(v);
+  Tensor grad_log_scale = torch::stable::empty_like(g);
+  const int64_t filters = v.size(0), filter_numel = filters == 0 ? 0 : v.numel() / filters;
+  if (filters > 0) {
+    for_dtype_of(v, "direction", [&](auto zero) {
+      using Stored = decltype(zero);
+      Stored* const out = mutable_elements<Stored>(grad_direction);
+      const Stored* const gradient = elements<Stored>(dw);
+      const Stored* const in = elements<Stored>(v);
+      choose_filter_packs<Stored>(
+          filter_numel,
+          [&](auto size) {
+            exp_scale_backward_kernel<size>
+                <<<unsigned(filters), kFilterThreads, 0, current_stream(v)>>>(
+                    out, mutable_elements<Real<Stored>>(grad_log_scale), gradient, in,
+                    elements<Real<Stored>>(g), filter_numel);
+          },
+          out, gradient, in);
+    });
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return {grad_direction, as_type(grad_log_scale, log_scale.scalar_type())};
+}
+
+}  // namespace
+}  // namespace czm
+
+STABLE_TORCH_LIBRARY_IMPL(czm_fused, CUDA, m) {
+  m.impl("exp_scale", TORCH_BOX(&czm::exp_scale));
+  m.impl("exp_scale_backward", TORCH_BOX(&czm::exp_scale_backward));
+}

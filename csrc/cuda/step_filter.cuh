@@ -1,0 +1,273 @@
+// The update of one filter by a team of threads.
+//
+// A filter that its team can hold in registers is read once: W, dW and the momentum are all under
+// way before the first sum. A larger one is streamed, and read again for its update.
+#pragma once
+
+#include "../update_rule.h"
+#include "channel_sums.cuh"
+#include "numbers.cuh"
+#include "team.cuh"
+
+namespace czm {
+
+// How many packs of W, of dW and of the momentum a thread holds: what registers allow, since half
+// types are computed in float.
+template <class Stored> constexpr int kPacks = sizeof(Stored) == 2 ? 3 : 5;
+template <class Stored> constexpr int kHeld = kPacks<Stored> * kWidest<Stored>;
+
+template <class Stored> struct Filter {
+  Stored* weight;
+  const Stored* grad;
+  Stored* momentum;  // null without momentum
+  int64_t numel;     // 0 for a team without a filter
+  int64_t taps;      // 1 if CZMG has nothing to do
+  bool channels_last;
+};
+
+template <class Stored, int size>
+__device__ __forceinline__ Pack<Real<Stored>, size> direction_grads(
+    const FilterRule<Real<Stored>>& rule, const Pack<Stored, size>& grad,
+    const Pack<Stored, size>& weight) {
+  Pack<Real<Stored>, size> result;
+#pragma unroll
+  for (int j = 0; j < size; ++j) {
+    result.values[j] = direction_grad<Real<Stored>>(rule, to_real(grad.values[j]),
+                                                    to_real(weight.values[j]));
+  }
+  return result;
+}
+
+template <class T, int size>
+__device__ __forceinline__ void store_shared(T* to, const Pack<T, size>& pack) {
+  constexpr int width = size < kWidest<T> ? size : kWidest<T>;
+#pragma unroll
+  for (int j = 0; j < size; j += width) {
+    Pack<T, width> part;
+#pragma unroll
+    for (int i = 0; i < width; ++i) part.values[i] = pack.values[j + i];
+    store_pack(to + j, part);
+  }
+}
+
+template <class Stored, int size>
+__device__ __forceinline__ void add_products(Real<Stored> (&sums)[2],
+                                             const Pack<Stored, size>& weight,
+                                             const Pack<Stored, size>& grad) {
+#pragma unroll
+  for (int j = 0; j < size; ++j) {
+    const Real<Stored> w = to_real(weight.values[j]);
+    sums[0] = multiply_add(w, w, sums[0]);
+    sums[1] = multiply_add(Real<Stored>(to_real(grad.values[j])), w, sums[1]);
+  }
+}
+
+// `removed(j)` is what CZMG takes from the gradient of weight j of the pack.
+template <class Stored, int size, class Removed>
+__device__ __forceinline__ void update_pack(const FilterRule<Real<Stored>>& rule,
+                                            Pack<Stored, size>& weight,
+                                            const Pack<Stored, size>& grad,
+                                            Pack<Stored, size>& momentum, const Removed& removed) {
+  const Pack<Real<Stored>, size> dv = direction_grads(rule, grad, weight);
+#pragma unroll
+  for (int j = 0; j < size; ++j) {
+    Real<Stored> w = to_real(weight.values[j]), m = to_real(momentum.values[j]);
+    update_weight<Real<Stored>>(rule, dv.values[j], removed(j), w, m);
+    weight.values[j] = from_real<Stored>(w);
+    momentum.values[j] = from_real<Stored>(m);
+  }
+}
+
+// A filter in the registers of its team.
+template <class Stored> class HeldFilter {
+ public:
+  using T = Real<Stored>;
+
+  // `shared` is the team's, a number for each weight it can hold.
+  __device__ __forceinline__ HeldFilter(const Filter<Stored>& filter, T* shared, const Team& team)
+      : filter_(filter),
+        shared_(shared),
+        team_(team),
+        is_direct_(filter.numel % kSize == 0 &&
+                   are_aligned(filter.weight, filter.grad, filter.momentum)) {
+    load(weight_, filter.weight);
+    load(grad_, filter.grad);
+    load(momentum_, filter.momentum);
+  }
+
+  __device__ __forceinline__ void add_products_to(T (&sums)[2]) const {
+#pragma unroll
+    for (int k = 0; k < kPacks<Stored>; ++k) add_products(sums, weight_[k], grad_[k]);
+  }
+
+  __device__ __forceinline__ void update(const FilterRule<T>& rule) {
+    if (filter_.taps == 1) {
+      update_removing(rule, [](int) { return T(0); });
+    } else {
+      const int taps = int(filter_.taps);
+      const Tile tile(int(filter_.numel) / taps, taps, filter_.channels_last);
+#pragma unroll
+      for (int k = 0; k < kPacks<Stored>; ++k) {
+        // Zeros beyond the filter, but within the team's share.
+        if (first(k) < filter_.numel) {
+          store_shared(shared_ + first(k), direction_grads(rule, grad_[k], weight_[k]));
+        }
+      }
+      tile.sum_over_taps(shared_, team_);
+      update_removing(rule, [&](int i) { return rule.mean * shared_[tile.place_of_sum(i)]; });
+    }
+    store(filter_.weight, weight_);
+    if (filter_.momentum) store(filter_.momentum, momentum_);
+  }
+
+ private:
+  static constexpr int kSize = kWidest<Stored>;
+  using Packs = Pack<Stored, kSize>[kPacks<Stored>];
+
+  __device__ __forceinline__ int first(int k) const {
+    return (k * team_.size + team_.rank) * kSize;
+  }
+
+  template <class Removed>
+  __device__ __forceinline__ void update_removing(const FilterRule<T>& rule,
+                                                  const Removed& removed) {
+#pragma unroll
+    for (int k = 0; k < kPacks<Stored>; ++k) {
+      if (first(k) < filter_.numel) {
+        update_pack(rule, weight_[k], grad_[k], momentum_[k],
+                    [&](int j) { return removed(first(k) + j); });
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load(Packs& packs, const Stored* from) const {
+    if (is_direct_ || !from) {
+#pragma unroll
+      for (int k = 0; k < kPacks<Stored>; ++k) {
+        packs[k] = {};
+        if (from && first(k) < filter_.numel) packs[k] = load_global<kSize>(from + first(k));
+      }
+      return;
+    }
+    Stored* const staged = reinterpret_cast<Stored*>(shared_);
+    for (int i = team_.rank; i < team_.size * kHeld<Stored>; i += team_.size) {
+      staged[i] = i < filter_.numel ? *in_global(from + i) : Stored{};
+    }
+    team_.sync();
+#pragma unroll
+    for (int k = 0; k < kPacks<Stored>; ++k) packs[k] = load_pack<kSize>(staged + first(k));
+    team_.sync();
+  }
+
+  __device__ __forceinline__ void store(Stored* to, const Packs& packs) const {
+    if (is_direct_) {
+#pragma unroll
+      for (int k = 0; k < kPacks<Stored>; ++k) {
+        if (first(k) < filter_.numel) store_global(to + first(k), packs[k]);
+      }
+      return;
+    }
+    Stored* const staged = reinterpret_cast<Stored*>(shared_);
+    team_.sync();
+#pragma unroll
+    for (int k = 0; k < kPacks<Stored>; ++k) store_pack(staged + first(k), packs[k]);
+    team_.sync();
+    for (int i = team_.rank; i < filter_.numel; i += team_.size) *in_global(to + i) = staged[i];
+  }
+
+  const Filter<Stored>& filter_;
+  T* const shared_;
+  const Team& team_;
+  const bool is_direct_;
+  Packs weight_, grad_, momentum_;
+};
+
+// A filter too large for the registers of its team, in packs of `size` weights.
+template <class Stored, int size> class StreamedFilter {
+ public:
+  using T = Real<Stored>;
+
+  __device__ __forceinline__ StreamedFilter(const Filter<Stored>& filter, T* shared,
+                                            const Team& team)
+      : filter_(filter), shared_(shared), team_(team) {}
+
+  __device__ __forceinline__ void add_products_to(T (&sums)[2]) const {
+    double totals[2] = {};
+#pragma unroll 4
+    for (int64_t i = team_.rank * size; i < filter_.numel; i += team_.size * size) {
+      T products[2] = {};
+      add_products(products, load_global<size>(filter_.weight + i),
+                   load_global<size>(filter_.grad + i));
+      totals[0] += products[0];
+      totals[1] += products[1];
+    }
+    sums[0] += T(totals[0]);
+    sums[1] += T(totals[1]);
+  }
+
+  // Removes the same from the gradient of every weight [begin, begin + count) * stride.
+  __device__ __forceinline__ void update_range(const FilterRule<T>& rule, int64_t begin,
+                                               int64_t count, int64_t stride, T removed) const {
+    for (int64_t i = team_.rank * size; i < count; i += team_.size * size) {
+      update_at(rule, begin + i * stride, [&](int) { return removed; });
+    }
+  }
+
+  // The channels [channel, channel + count) of `channels`, with all their taps.
+  __device__ __forceinline__ void update_channels(const FilterRule<T>& rule, int64_t channel,
+                                                  int64_t channels, int count) const {
+    const Tile tile(count, int(filter_.taps), filter_.channels_last);
+    const auto place = [&](int i) {
+      if (!tile.channels_last) return channel * tile.taps + i;
+      const int tap = tile.divider.quotient(i);
+      return tap * channels + channel + (i - tap * tile.channels);
+    };
+    for (int i = team_.rank * size; i < tile.weights(); i += team_.size * size) {
+      const int64_t at = place(i);
+      store_shared(shared_ + i, direction_grads(rule, load_global<size>(filter_.grad + at),
+                                                load_global<size>(filter_.weight + at)));
+    }
+    tile.sum_over_taps(shared_, team_);
+    for (int i = team_.rank * size; i < tile.weights(); i += team_.size * size) {
+      update_at(rule, place(i), [&](int j) { return rule.mean * shared_[tile.place_of_sum(i + j)]; });
+    }
+  }
+
+  // One channel of any number of taps.
+  __device__ __forceinline__ void update_channel(const FilterRule<T>& rule, int64_t channel,
+                                                 int64_t channels, T* partial) const {
+    static_assert(size == 1);
+    const int64_t stride = filter_.channels_last ? channels : 1;
+    const int64_t begin = filter_.channels_last ? channel : channel * filter_.taps;
+    double total = 0;
+    for (int64_t tap = team_.rank; tap < filter_.taps; tap += team_.size) {
+      const int64_t i = begin + tap * stride;
+      total += direction_grads(rule, load_global<1>(filter_.grad + i),
+                               load_global<1>(filter_.weight + i)).values[0];
+    }
+    T sum[1] = {T(total)};
+    // Until here, threads may be reading the sums before this one.
+    team_.sync();
+    team_.sum(sum, partial);
+    update_range(rule, begin, filter_.taps, stride, rule.mean * sum[0]);
+  }
+
+ private:
+  template <class Removed>
+  __device__ __forceinline__ void update_at(const FilterRule<T>& rule, int64_t i,
+                                            const Removed& removed) const {
+    Pack<Stored, size> weight = load_global<size>(filter_.weight + i);
+    const Pack<Stored, size> grad = load_global<size>(filter_.grad + i);
+    Pack<Stored, size> momentum{};
+    if (filter_.momentum) momentum = load_global<size>(filter_.momentum + i);
+    update_pack(rule, weight, grad, momentum, removed);
+    store_global(filter_.weight + i, weight);
+    if (filter_.momentum) store_global(filter_.momentum + i, momentum);
+  }
+
+  const Filter<Stored>& filter_;
+  T* const shared_;
+  const Team& team_;
+};
+
+}  // namespace czm

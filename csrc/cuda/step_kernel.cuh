@@ -1,0 +1,244 @@
+// The fused step on a CUDA device: one launch for all tensors of a plan.
+//
+// A block does one work item: some filters of one tensor, each by a team of its threads. A filter
+// that fits the registers of its team is read once: W, dW and the momentum are all under way before
+// the first sum. A larger one is read again, tile by tile. Sums over taps go through shared memory.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "../step_table.h"
+#include "step_filter.cuh"
+
+// The tests run the kernel with smaller blocks.
+#ifndef CZM_BLOCK_THREADS
+#define CZM_BLOCK_THREADS 256
+#endif
+
+namespace czm {
+
+constexpr int kBlockThreads = CZM_BLOCK_THREADS;
+
+// Written by czm_fused/ops/cuda.py.
+struct WorkItem {
+  int64_t row;
+  int64_t first_filter;
+  int64_t filters;  // one for each team, and no more than there are teams
+  int64_t team_size;
+};
+
+// What travels with a launch. `words` holds, one after the other: for every group the bits of its
+// GroupRow, for every group the addresses that stand for its numbers, and for every tensor the
+// address of its gradient.
+template <int words_> struct StepArguments {
+  const TensorRow* rows;
+  const WorkItem* items;
+  const float* grad_scale;  // null for 1
+  const float* found_inf;   // null for 0
+  int64_t groups;
+  int64_t words[words_];
+};
+
+constexpr int kGroupWords = sizeof(GroupRow) / sizeof(int64_t);
+constexpr int kHeaderBytes = sizeof(StepArguments<1>) - sizeof(int64_t);
+// A launch takes 4 KB of arguments on every device, and 32,764 bytes from sm_70 on.
+constexpr int kFewWords = (4096 - kHeaderBytes) / sizeof(int64_t);
+constexpr int kManyWords = (32764 - kHeaderBytes) / sizeof(int64_t);
+
+template <class Stored> struct DTypeOf;
+template <> struct DTypeOf<float> { static constexpr DType value = kFloat32; };
+template <> struct DTypeOf<double> { static constexpr DType value = kFloat64; };
+template <> struct DTypeOf<__nv_bfloat16> { static constexpr DType value = kBFloat16; };
+template <> struct DTypeOf<__half> { static constexpr DType value = kFloat16; };
+
+// What a launch hands to one group, numbers that live on the device included.
+template <int words>
+__device__ __forceinline__ GroupRow group_row(const StepArguments<words>& arguments,
+                                              int64_t group) {
+  const int64_t first_address = arguments.groups * kGroupWords;
+  int64_t bits[kGroupWords];
+#pragma unroll
+  for (int column = 0; column < kGroupWords; ++column) {
+    const int64_t word = group * kGroupWords + column;
+    const int64_t address = arguments.words[first_address + word];
+    bits[column] = arguments.words[word];
+    if (address) {
+      const double value = *global_address<const float>(address);
+      std::memcpy(&bits[column], &value, sizeof value);
+    }
+  }
+  GroupRow row;
+  std::memcpy(&row, bits, sizeof row);
+  return row;
+}
+
+template <class T>
+__device__ __forceinline__ HyperParameters<T> hyper_parameters(const TensorRow& row,
+                                                               const GroupRow& group,
+                                                               const float* grad_scale) {
+  // Without momentum torch.optim.SGD ignores dampening, and so it does at a tensor's first update.
+  const bool first = row.step && *global_address<const float>(row.step) == 0;
+  const bool dampened = row.momentum_buffer && !first;
+  const T inverse_scale = grad_scale ? T(1) / T(*grad_scale) : T(1);
+  return {T(group.lr),
+          row.momentum_buffer ? T(group.momentum) : T(0),
+          dampened ? T(1 - group.dampening) : T(1),
+          T(group.weight_decay),
+          T(group.zmg),
+          T(group.luma),
+          group.maximize != 0 ? -inverse_scale : inverse_scale,
+          group.nesterov != 0};
+}
+
+// Puts the filter's own log-scale and the sums over all threads into its rule, and advances g.
+template <class Stored> class RuleMaker {
+ public:
+  using T = Real<Stored>;
+
+  // Reads g early; the barrier of the sums lies between this and its change.
+  __device__ __forceinline__ RuleMaker(const TensorRow& row, int64_t number, bool has_filter)
+      : row_(row),
+        log_scale_(global_address<T>(row.log_scale) + number),
+        log_scale_momentum_(global_address<T>(row.log_scale_momentum_buffer) + number),
+        is_scaled_(row.log_scale && has_filter) {
+    if (is_scaled_) g_ = *log_scale_;
+    if (is_scaled_ && row.log_scale_momentum_buffer) g_momentum_ = *log_scale_momentum_;
+  }
+
+  // `sums` are the team's <W, W> and <dW, W>.
+  __device__ __forceinline__ FilterRule<T> operator()(const HyperParameters<T>& hyper,
+                                                      const T (&sums)[2], const Team& team) {
+    if (!row_.log_scale) {
+      return filter_rule<T>(hyper, sums[0], sums[1], row_.taps, nullptr, nullptr);
+    }
+    const FilterRule<T> rule =
+        filter_rule(hyper, sums[0], sums[1], row_.taps, &g_, &g_momentum_);
+    if (is_scaled_ && team.rank == 0) {
+      *log_scale_ = g_;
+      if (row_.log_scale_momentum_buffer) *log_scale_momentum_ = g_momentum_;
+    }
+    return rule;
+  }
+
+ private:
+  const TensorRow& row_;
+  T* const log_scale_;
+  T* const log_scale_momentum_;
+  const bool is_scaled_;
+  T g_ = 0;
+  T g_momentum_ = 0;
+};
+
+template <class Stored>
+__device__ __forceinline__ void update_held(const Filter<Stored>& filter, const TensorRow& row,
+                                            const HyperParameters<Real<Stored>>& hyper,
+                                            RuleMaker<Stored>& make_rule, const Team& team,
+                                            Real<Stored>* shared, Real<Stored>* partial) {
+  HeldFilter<Stored> held(filter, shared, team);
+  Real<Stored> sums[2] = {};
+  if (row.reduces) {
+    held.add_products_to(sums);
+    team.sum(sums, partial);
+  }
+  held.update(make_rule(hyper, sums, team));
+}
+
+// Whether a streamed filter, and all its tiles, can be moved in the widest packs.
+template <class Stored>
+__device__ __forceinline__ bool is_in_packs(const Filter<Stored>& filter, const Team& team) {
+  constexpr int size = kWidest<Stored>;
+  return are_aligned(filter.weight, filter.grad, filter.momentum) && filter.numel % size == 0 &&
+         (filter.taps == 1 || (filter.taps <= team.size * kHeld<Stored> / size &&
+                               filter.numel / filter.taps % size == 0));
+}
+
+template <int size, class Stored>
+__device__ __forceinline__ void update_streamed(const Filter<Stored>& filter, const TensorRow& row,
+                                                const HyperParameters<Real<Stored>>& hyper,
+                                                RuleMaker<Stored>& make_rule, const Team& team,
+                                                Real<Stored>* shared, Real<Stored>* partial) {
+  const StreamedFilter<Stored, size> streamed(filter, shared, team);
+  Real<Stored> sums[2] = {};
+  if (row.reduces) {
+    streamed.add_products_to(sums);
+    team.sum(sums, partial);
+  }
+  const FilterRule<Real<Stored>> rule = make_rule(hyper, sums, team);
+  if (filter.taps == 1) {
+    streamed.update_range(rule, 0, filter.numel, 1, 0);
+    return;
+  }
+  const int64_t channels = filter.numel / filter.taps;
+  if constexpr (size == 1) {
+    if (filter.taps > team.size * kHeld<Stored>) {
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        streamed.update_channel(rule, channel, channels, partial);
+      }
+      return;
+    }
+  }
+  // Tiles of whole packs.
+  const int channels_a_tile = team.size * kHeld<Stored> / int(filter.taps) / size * size;
+  for (int64_t channel = 0; channel < channels; channel += channels_a_tile) {
+    if (channel > 0) team.sync();
+    const int64_t left = channels - channel;
+    streamed.update_channels(rule, channel, channels,
+                             left < channels_a_tile ? int(left) : channels_a_tile);
+  }
+}
+
+template <class Stored>
+__device__ __forceinline__ void run(const WorkItem& item, const TensorRow& row, int64_t grad,
+                                    const GroupRow& group, const float* grad_scale,
+                                    Real<Stored>* shared) {
+  using T = Real<Stored>;
+  const Team team{int(item.team_size)};
+  const bool has_filter = team.number() < item.filters;
+  const int64_t number = item.first_filter + (has_filter ? team.number() : 0);
+  const int64_t first = number * row.filter_numel;
+  const int64_t left = row.numel - first;
+  const Filter<Stored> filter{
+      global_address<Stored>(row.param) + first,
+      global_address<const Stored>(grad) + first,
+      row.momentum_buffer ? global_address<Stored>(row.momentum_buffer) + first : nullptr,
+      has_filter ? (left < row.filter_numel ? left : row.filter_numel) : 0,
+      row.taps,
+      row.channels_last != 0};
+  const HyperParameters<T> hyper = hyper_parameters<T>(row, group, grad_scale);
+  RuleMaker<Stored> make_rule(row, number, has_filter);
+  T* const team_shared = shared + team.number() * team.size * kHeld<Stored>;
+  T* const partial = shared + kBlockThreads * kHeld<Stored>;
+  if (row.filter_numel <= team.size * kHeld<Stored>) {
+    update_held(filter, row, hyper, make_rule, team, team_shared, partial);
+  } else if (is_in_packs(filter, team)) {
+    update_streamed<kWidest<Stored>>(filter, row, hyper, make_rule, team, team_shared, partial);
+  } else {
+    update_streamed<1>(filter, row, hyper, make_rule, team, team_shared, partial);
+  }
+}
+
+// A number for each weight that a block holds, and two for each warp.
+template <class... Stored>
+constexpr int kSharedBytes =
+    std::max({(kBlockThreads * kHeld<Stored> + 2 * kBlockThreads / kWarp) *
+              int(sizeof(Real<Stored>))...});
+
+// One block a work item. Stored is the dtype of every tensor, or each dtype that occurs.
+template <int words, class... Stored>
+__global__ void __launch_bounds__(kBlockThreads, sizeof...(Stored) == 1 ? 2 : 1)
+step_kernel(const __grid_constant__ StepArguments<words> arguments) {
+  alignas(kWidestPackBytes) __shared__ unsigned char shared[kSharedBytes<Stored...>];
+  if (arguments.found_inf && *arguments.found_inf != 0) return;
+  const WorkItem item = arguments.items[blockIdx.x];
+  const TensorRow& row = arguments.rows[item.row];
+  const GroupRow group = group_row(arguments, row.group);
+  const int64_t grad = arguments.words[2 * kGroupWords * arguments.groups + item.row];
+  ((sizeof...(Stored) == 1 || row.dtype == DTypeOf<Stored>::value
+        ? run<Stored>(item, row, grad, group, arguments.grad_scale,
+                      reinterpret_cast<Real<Stored>*>(shared))
+        : void()),
+   ...);
+}
+
+}  // namespace czm

@@ -1,0 +1,108 @@
+"""Runs the CUDA step on the host under a sanitizer, in tensors with nothing around them.
+
+usage: run_cases.py MODULE matrix | overread | barriers
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "ops")]
+
+import torch  # noqa: E402
+from cases import (  # noqa: E402
+    DTYPES,
+    OPTION_CASES,
+    OTHER_CASES,
+    SHAPE_CASES,
+    Case,
+    Options,
+    Problem,
+    run,
+)
+from host_kernels import HostStep, load  # noqa: E402
+
+from czm_fused.ops import step  # noqa: E402
+from czm_fused.ops.table import COLUMN  # noqa: E402
+
+# Each way through the kernel: a warp a filter, two warps a filter, either through shared memory (in a
+# dtype that lies there otherwise than its sums, and with the spatial mean alone, so that no other
+# barrier comes to help), in tiles, channel by channel.
+_MEAN = Options(luma=0.0, exp_scale=False)
+PATHS = {
+    "warp": Case((3, 32, 3, 3)),
+    "block": Case((2, 96, 3, 3), layout="channels_last"),
+    "staged warp": Case((3, 5, 3, 3), torch.bfloat16, options=_MEAN),
+    "staged block": Case((2, 95, 3, 3), torch.bfloat16, options=_MEAN),
+    "tiles": Case((1, 200, 3, 3), layout="channels_last"),
+    "long channels": Case((1, 2, 1500)),
+}
+
+
+def in_tight_memory(case: Case) -> Problem:
+    """Return a problem whose tensors are allocations of their own, so that overreads show."""
+    problem = Problem(case)
+    for memory in problem.memory.values():
+        memory.tensor = memory.tensor.clone(memory_format=torch.preserve_format)
+    return problem
+
+
+def check(case: Case) -> None:
+    problem = in_tight_memory(case)
+    run([problem], "reference")
+    problem.check()
+
+
+def matrix() -> None:
+    cases = random.Random(0).sample([*OPTION_CASES, *SHAPE_CASES], 150)
+    cases += [case for case in OTHER_CASES if sum(case.shape) < 50_000]
+    cases += [Case((2, channels, 3, 3), dtype) for channels in (72, 143, 427) for dtype in DTYPES]
+    for case in [*cases, *PATHS.values()]:
+        check(case)
+    problems = [in_tight_memory(case) for case in cases[:60]]
+    run(problems, "reference", torch.tensor(2.0), torch.tensor(0.0))
+    for problem in problems:
+        problem.check(2.0)
+
+
+class OverreadingStep(HostStep):
+    """Takes filters for one weight larger than they are."""
+
+    def _launch(self, entries, tensors):
+        launch = super()._launch(entries, tensors)
+        launch.table[:, [COLUMN["filter_numel"], COLUMN["numel"]]] += 1
+        return launch
+
+
+def overread() -> None:
+    step._runner = lambda backend, entries: OverreadingStep(entries)
+    run([in_tight_memory(Case((1, 16, 1, 1), options=Options(zmg=0.0)))], "reference")
+
+
+def barriers() -> None:
+    """Run every path, and again without each of its barriers, each time in a process of its own."""
+    for case in PATHS.values():
+        check(case)
+    print("paths done", flush=True)
+    for name, case in PATHS.items():
+        check(case)
+        for number in range(HostStep.kernels.barriers_met()):
+            sys.stdout.flush()
+            child = os.fork()
+            if child == 0:
+                HostStep.kernels.skip_barrier(number)
+                run([in_tight_memory(case)], "reference")
+                os._exit(0)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            print(f"{name}: without barrier {number}: {'missed' if status == 0 else 'caught'}")
+
+
+if __name__ == "__main__":
+    HostStep.kernels = load(Path(sys.argv[1]))
+    step._runner = lambda backend, entries: HostStep(entries)
+    {"matrix": matrix, "overread": overread, "barriers": barriers}[sys.argv[2]]()
+    print("done")

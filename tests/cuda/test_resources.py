@@ -1,0 +1,112 @@
+"""What the compiler makes of the CUDA kernels: registers only, and 128 bits at a time."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
+KERNELS = """
+#include "cuda/add_relu_noise_kernel.cuh"
+#include "cuda/exp_scale_kernel.cuh"
+#include "cuda/step_kernel.cuh"
+
+namespace czm {
+template __global__ void step_kernel<kFewWords, float>(
+    const __grid_constant__ StepArguments<kFewWords>);
+template __global__ void step_kernel<kFewWords, double>(
+    const __grid_constant__ StepArguments<kFewWords>);
+template __global__ void step_kernel<kFewWords, __nv_bfloat16>(
+    const __grid_constant__ StepArguments<kFewWords>);
+template __global__ void step_kernel<kFewWords, __half>(
+    const __grid_constant__ StepArguments<kFewWords>);
+template __global__ void step_kernel<kManyWords, float, double, __nv_bfloat16, __half>(
+    const __grid_constant__ StepArguments<kManyWords>);
+
+#define CZM_INSTANTIATE(Stored)                                                               \\
+  template __global__ void add_relu_noise_kernel<kWidest<Stored>, Stored, Divider>(           \\
+      Stored*, const Stored*, const Stored*, const Noise<Real<Stored>, Divider>, int64_t);    \\
+  template __global__ void add_relu_noise_backward_kernel<kWidest<Stored>, Stored, Divider>(  \\
+      Stored*, const Stored*, const Stored*, const Noise<Real<Stored>, Divider>, int64_t);    \\
+  template __global__ void exp_scale_kernel<kWidest<Stored>, Stored>(                         \\
+      Stored*, const Stored*, const Real<Stored>*, int64_t);                                  \\
+  template __global__ void exp_scale_backward_kernel<kWidest<Stored>, Stored>(                \\
+      Stored*, Real<Stored>*, const Stored*, const Stored*, const Real<Stored>*, int64_t);
+CZM_INSTANTIATE(float)
+CZM_INSTANTIATE(double)
+CZM_INSTANTIATE(__nv_bfloat16)
+CZM_INSTANTIATE(__half)
+}  // namespace czm
+"""
+
+
+def find_disassembler():
+    found = shutil.which("cuobjdump")
+    if found is None:
+        try:
+            import triton
+        except ImportError:
+            return None
+        beside_triton = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        found = str(beside_triton) if beside_triton.exists() else None
+    return found
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
+def compiled(request, tmp_path_factory):
+    """The cubin of every kernel, and the assembler's report."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    if request.param not in known.split():
+        pytest.skip(f"this nvcc does not know {request.param}")
+    folder = tmp_path_factory.mktemp(request.param)
+    source, cubin = folder / "kernels.cu", folder / "kernels.cubin"
+    source.write_text(KERNELS)
+    run = subprocess.run(
+        [nvcc, "-std=c++17", "-O3", "-fmad=false", f"-arch={request.param}", "-Xptxas", "-v",
+         "-cubin", "-I", str(CSRC), "-o", str(cubin), str(source)],
+        capture_output=True, text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return cubin, run.stderr
+
+
+def test_kernels_keep_everything_in_registers(compiled):
+    _, report = compiled
+    frames = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+    )
+    # Five of the step, and four of each dtype.
+    assert len(frames) == 5 + 4 * 4
+    assert set(frames) == {("0", "0", "0")}, report
+
+
+def test_step_moves_128_bits_at_a_time_and_has_no_atomics(compiled):
+    cubin, _ = compiled
+    disassembler = find_disassembler()
+    if disassembler is None:
+        pytest.skip("there is no cuobjdump")
+    text = subprocess.run(
+        [disassembler, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    functions = re.split(r"Function : (\S+)", text)[1:]
+    steps = 0
+    for name, body in zip(functions[::2], functions[1::2], strict=True):
+        instructions = re.findall(r"\b(?:LDG|STG|LDL|STL|ATOM\w*|RED)\b[A-Z0-9_.]*", body)
+        local = [x for x in instructions if x.startswith(("LDL", "STL", "ATOM", "RED"))]
+        assert not local, (name, local)
+        loads = sum(x.startswith("LDG") and ".128" in x for x in instructions)
+        stores = sum(x.startswith("STG") and ".128" in x for x in instructions)
+        if "step_kernel" in name:
+            steps += 1
+            # What a thread holds: packs of W, dW and momentum, and of W and momentum again.
+            packs = 5 if re.search(r"J[fd]", name) else 3
+            assert loads >= 3 * packs and stores >= 2 * packs, (name, loads, stores)
+        else:
+            assert loads >= 1 and stores >= 1, name
+    assert steps == 5

@@ -1,0 +1,127 @@
+"""What only a GPU can show of the CUDA step; the matrix of cases is in tests/ops."""
+
+import pytest
+import torch
+from torch import nn
+
+from czm_fused import FusedCZMSGD
+from czm_fused.ops import backends
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.skipif(
+        torch.cuda.is_available() and backends.problem("cuda", "cuda") is not None,
+        reason=str(backends.problem("cuda", "cuda")),
+    ),
+]
+
+
+def network(device="cuda"):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 600, 3),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(600, 10),
+    )
+    return model.to(device)
+
+
+def set_grads(model, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    for param in model.parameters():
+        grad = torch.randn(param.shape, generator=generator)
+        param.grad = (scale * grad).to(param.device)
+
+
+def assert_same_parameters(model, expected):
+    # Three steps in float32, which differ in exp and in the order of sums.
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-5)
+
+
+def optimizer_of(model, backend="cuda", lr=0.1):
+    return FusedCZMSGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, backend=backend)
+
+
+def test_step_is_one_launch():
+    model = network()
+    optimizer = optimizer_of(model)
+    set_grads(model)
+    optimizer.step()
+    set_grads(model, seed=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    kernels = [event.key for event in profile.key_averages() if event.device_time_total > 0]
+    assert len(kernels) == 1 and "step_kernel" in kernels[0], kernels
+
+
+def test_step_never_waits_for_the_device():
+    model = network()
+    optimizer = optimizer_of(model)
+    set_grads(model)
+    optimizer.step()
+    set_grads(model, seed=1)
+    torch.cuda.synchronize()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def test_graph_replays_with_a_changing_rate():
+    model, expected = network(), network("cpu")
+    lr = torch.tensor(0.1, device="cuda")
+    optimizer, oracle = optimizer_of(model, lr=lr), optimizer_of(expected, "reference")
+    set_grads(model)
+    # The first step makes the plan, as any warm-up does.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    set_grads(expected)
+    oracle.step()
+    for rate in (0.05, 0.2):
+        lr.fill_(rate)
+        graph.replay()
+        oracle.param_groups[0]["lr"] = rate
+        oracle.step()
+    torch.cuda.synchronize()
+    assert_same_parameters(model, expected)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_grad_scaler(broken):
+    model, expected = network(), network("cpu")
+    optimizer, oracle = optimizer_of(model), optimizer_of(expected, "reference")
+    scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
+    before = [param.detach().clone() for param in model.parameters()]
+    scaler.scale(torch.zeros((), device="cuda"))
+    set_grads(model, scale=256.0)
+    if broken:
+        next(model.parameters()).grad.view(-1)[0] = torch.inf
+    scaler.step(optimizer)
+    scaler.update()
+    if broken:
+        for param, old in zip(model.parameters(), before, strict=True):
+            assert torch.equal(param, old)
+    else:
+        set_grads(expected)
+        oracle.step()
+        assert_same_parameters(model, expected)
+
+
+def test_a_state_on_another_device_is_refused():
+    model = network()
+    optimizer = optimizer_of(model)
+    set_grads(model)
+    optimizer.step()
+    param = next(model.parameters())
+    optimizer.state[param]["momentum_buffer"] = optimizer.state[param]["momentum_buffer"].cpu()
+    with pytest.raises(ValueError, match="momentum_buffer of parameter 0"):
+        optimizer.step()
