@@ -113,7 +113,7 @@ def test_hyper_parameters_are_read_where_they_live(cuda_step):
     hyper = HyperParameters([tuple(DeviceScalar(x.data_ptr(), x) for x in row)])
     HostStep(entries)(arguments[1], hyper, None, None)
     for problem in problems:
-        # The bounds allow for hyper-parameters rounded to float32, but not for float64's arithmetic.
+        # The bounds allow for hyper-parameters rounded to float32, but not in float64.
         if problem.case.dtype != torch.float64:
             problem.check()
 

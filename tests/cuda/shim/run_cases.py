@@ -29,8 +29,8 @@ from host_kernels import HostStep, load  # noqa: E402
 from czm_fused.ops import step  # noqa: E402
 from czm_fused.ops.table import COLUMN  # noqa: E402
 
-# Each way through the kernel: a warp a filter, two warps a filter, either through shared memory (in a
-# dtype that lies there otherwise than its sums, and with the spatial mean alone, so that no other
+# Each way through the kernel: a warp a filter, two warps a filter, either through shared memory (in
+# a dtype that lies there otherwise than its sums, and with the spatial mean alone, so that no other
 # barrier comes to help), in tiles, channel by channel.
 _MEAN = Options(luma=0.0, exp_scale=False)
 PATHS = {
