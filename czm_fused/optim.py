@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,27 +11,14 @@ from torch.optim import Optimizer
 
 from czm_fused import reference
 from czm_fused.ops import backends
-from czm_fused.ops.step import (
-    HAS_MOMENTUM,
-    IS_ANCHORED,
-    IS_DAMPENED,
-    IS_EXP_SCALED,
-    IS_ZERO_MEAN,
-    STATE_BITS,
-    StepPlan,
-    entries_from_lists,
+from czm_fused.ops.table import DTYPES, GROUP_COLUMNS, hyper_parameter_row
+from czm_fused.plan import (
+    OptimizerPlan,
+    check_hyper_parameters,
+    kinds_and_groups,
+    like_param,
+    state_lists,
 )
-from czm_fused.ops.table import (
-    DTYPES,
-    GROUP_COLUMNS,
-    DeviceScalar,
-    HyperParameters,
-    hyper_parameter_row,
-    same_memory_order,
-    scalar,
-)
-
-HyperParameterRow = tuple[float | DeviceScalar, ...]
 
 _FILTER_STATE = ("log_scale", "log_scale_momentum_buffer")
 
@@ -91,7 +75,7 @@ class FusedCZMSGD(Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    _plan: _OptimizerPlan | None = None
+    _plan: OptimizerPlan | None = None
 
     def __init__(
         self,
@@ -127,7 +111,7 @@ class FusedCZMSGD(Optimizer):
             "luma": luma,
             "exp_scale": exp_scale,
         }
-        _check_hyper_parameters(defaults)
+        check_hyper_parameters(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -141,7 +125,7 @@ class FusedCZMSGD(Optimizer):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         names_filters = "luma" in param_group or "exp_scale" in param_group
         param_group.setdefault("min_filter_dim", 2 if names_filters else 3)
-        _check_hyper_parameters({**self.defaults, **param_group})
+        check_hyper_parameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
             _check_params(self.param_groups[-1]["params"])
@@ -237,10 +221,12 @@ class FusedCZMSGD(Optimizer):
 
         rows = [hyper_parameter_row(group) for group in self.param_groups]
         plan = self._plan
-        if plan is None or not plan.still_describes(params, self.param_groups, self.state, rows):
+        if plan is None or not plan.still_describes(self.param_groups, self.state, params, rows):
             for group in self.param_groups:
-                _check_hyper_parameters(group)
-            plan = self._plan = _OptimizerPlan(self, params, rows)
+                check_hyper_parameters(group)
+            plan = self._plan = OptimizerPlan(
+                self.param_groups, self.state, params, rows, self.backend
+            )
         plan.run(grads, grad_scale, found_inf)
         torch.autograd.graph.increment_version(params)
         return loss
@@ -266,188 +252,20 @@ class FusedCZMSGD(Optimizer):
                 for group in self.param_groups
             ]
         )
-        lists = self._step_lists(params)
+        all_kinds, groups = kinds_and_groups(self.param_groups, self.state)
         for numbers in by_device.values():
-            kinds = [lists["kinds"][number] for number in numbers]
+            kinds = [all_kinds[number] for number in numbers]
             torch.ops.czm_fused.step_(
                 [params[number] for number in numbers],
                 [grads[number] for number in numbers],
-                *_state_lists([self.state[params[number]] for number in numbers], kinds),
+                *state_lists([self.state[params[number]] for number in numbers], kinds),
                 kinds,
-                [lists["groups"][number] for number in numbers],
+                [groups[number] for number in numbers],
                 hyper_parameters,
                 self.backend,
                 grad_scale,
                 found_inf,
             )
-
-    def _step_lists(self, params: list[Tensor]) -> dict[str, list[int]]:
-        """Create missing state; return each parameter's kind and the number of its group."""
-        kinds: list[int] = []
-        groups: list[int] = []
-        for number, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                kind = _kind(param, group)
-                _init_state(self.state[param], param, kind)
-                kinds.append(kind)
-                groups.append(number)
-        return {"kinds": kinds, "groups": groups}
-
-
-class _OptimizerPlan:
-    """The step plans of one optimizer, one a device, and what must not have changed for them."""
-
-    def __init__(
-        self, optimizer: FusedCZMSGD, params: list[Tensor], rows: list[HyperParameterRow]
-    ) -> None:
-        lists = optimizer._step_lists(params)
-        numbers_of: dict[torch.device, list[int]] = {}
-        for number, param in enumerate(params):
-            numbers_of.setdefault(param.device, []).append(number)
-        self.plans: list[tuple[StepPlan, list[int]]] = []
-        for device, numbers in numbers_of.items():
-            kinds = [lists["kinds"][number] for number in numbers]
-            entries = entries_from_lists(
-                [params[number] for number in numbers],
-                *_state_lists([optimizer.state[params[number]] for number in numbers], kinds),
-                kinds,
-                [lists["groups"][number] for number in numbers],
-            )
-            backend = backends.choose(device, optimizer.backend)
-            self.plans.append((StepPlan(entries, backend), numbers))
-        self.params = params
-        self.filters = _filter_options(optimizer.param_groups)
-        self.state_tensors = _state_tensors(optimizer.state)
-        self._set_rows(rows)
-
-    def still_describes(
-        self,
-        params: list[Tensor],
-        param_groups: list[dict[str, Any]],
-        state: Any,
-        rows: list[HyperParameterRow],
-    ) -> bool:
-        if rows != self.rows:
-            if len(rows) != len(self.rows) or _switches(rows) != _switches(self.rows):
-                return False
-            for row in rows:
-                _check_hyper_parameters(dict(zip(GROUP_COLUMNS, row, strict=True)))
-            self._set_rows(rows)
-        tensors = _state_tensors(state)
-        return (
-            _filter_options(param_groups) == self.filters
-            and len(tensors) == len(self.state_tensors)
-            and all(map(operator.is_, tensors, self.state_tensors))
-            and len(params) == len(self.params)
-            and all(plan.still_describes(self._of(numbers, params)) for plan, numbers in self.plans)
-        )
-
-    def run(
-        self, grads: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        # All devices' gradients are checked before anything is updated.
-        ordered = [plan.in_memory_order(self._of(numbers, grads)) for plan, numbers in self.plans]
-        for (plan, _), plan_grads in zip(self.plans, ordered, strict=True):
-            plan.run(plan_grads, self.hyper_parameters, grad_scale, found_inf)
-
-    def _of(self, numbers: list[int], tensors: list[Tensor]) -> list[Tensor]:
-        if len(numbers) == len(tensors):
-            return tensors
-        return [tensors[number] for number in numbers]
-
-    def _set_rows(self, rows: list[HyperParameterRow]) -> None:
-        self.rows = rows
-        self.hyper_parameters = HyperParameters(rows)
-
-
-def _state_tensors(state: dict[Tensor, dict[str, Any]]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, state.values())))
-
-
-_SWITCHES = tuple(
-    GROUP_COLUMNS.index(name) for name in ("momentum", "dampening", "zmg", "luma")
-)
-
-
-def _switches(rows: Iterable[HyperParameterRow]) -> list[bool]:
-    """What a plan depends on: which parts of the method are on."""
-    return [row[column] != 0 for row in rows for column in _SWITCHES]
-
-
-def _filter_options(param_groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """What a plan depends on beside the numbers: which tensors are filters, and of which group."""
-    return [
-        (group["exp_scale"], group["min_filter_dim"], len(group["params"]))
-        for group in param_groups
-    ]
-
-
-def _kind(param: Tensor, group: dict[str, Any]) -> int:
-    is_filter = param.dim() >= group["min_filter_dim"]
-    has_momentum = bool(group["momentum"] != 0)
-    kind = HAS_MOMENTUM if has_momentum else 0
-    if is_filter and group["exp_scale"]:
-        kind |= IS_EXP_SCALED
-    if is_filter and group["zmg"] != 0:
-        kind |= IS_ZERO_MEAN
-    if is_filter and group["luma"] != 0:
-        kind |= IS_ANCHORED
-    if has_momentum and group["dampening"] != 0:
-        kind |= IS_DAMPENED
-    return kind
-
-
-def _init_state(state: dict[str, Any], param: Tensor, kind: int) -> None:
-    """Create the state that is missing, and fit what is there to a parameter that was converted."""
-    real = reference.compute_dtype(param.dtype)
-    if kind & HAS_MOMENTUM and state.get("momentum_buffer") is None:
-        state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        if kind & IS_DAMPENED:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-    if kind & IS_DAMPENED and "step" not in state:
-        # Momentum without a count was loaded, or gathered before dampening was turned on.
-        state["step"] = torch.ones((), dtype=torch.float32, device=param.device)
-    if kind & IS_EXP_SCALED:
-        if "log_scale" not in state:
-            state["log_scale"] = reference.initial_log_scale(param.detach())
-        if kind & HAS_MOMENTUM and "log_scale_momentum_buffer" not in state:
-            state["log_scale_momentum_buffer"] = torch.zeros_like(state["log_scale"], dtype=real)
-    for name, bits in STATE_BITS.items():
-        if kind & bits != bits:
-            continue
-        if name == "momentum_buffer":
-            state[name] = _like_param(name, state[name], param)
-        else:
-            dtype = torch.float32 if name == "step" else real
-            state[name] = state[name].to(device=param.device, dtype=dtype).contiguous()
-
-
-def _like_param(name: str, tensor: Tensor, param: Tensor) -> Tensor:
-    if tensor.shape != param.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, but its parameter {tuple(param.shape)}; "
-            f"delete it from the optimizer's state to begin anew"
-        )
-    if (
-        tensor.dtype == param.dtype
-        and tensor.device == param.device
-        and same_memory_order(tensor, param)
-    ):
-        return tensor
-    return torch.empty_like(param).copy_(tensor)
-
-
-def _state_lists(
-    states: list[dict[str, Any]], kinds: list[int]
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Gather state in the order of `czm_fused::step_`'s lists."""
-    momentum, log_scales, log_scale_momentum, steps = (
-        [state[name] for state, kind in zip(states, kinds, strict=True) if kind & bits == bits]
-        for name, bits in STATE_BITS.items()
-    )
-    return momentum, log_scales, log_scale_momentum, steps
 
 
 def _restore_state(
@@ -460,7 +278,7 @@ def _restore_state(
     if buffer is None:
         state.pop("momentum_buffer", None)
     elif buffer.shape == param.shape:
-        state["momentum_buffer"] = _like_param("momentum_buffer", buffer, param)
+        state["momentum_buffer"] = like_param("momentum_buffer", buffer, param)
     for name in _FILTER_STATE:
         if isinstance(saved.get(name), Tensor):
             state[name] = saved[name].to(
@@ -482,30 +300,4 @@ def _check_params(params: list[Tensor]) -> None:
         raise ValueError(
             f"a parameter group must be on one device, but has {', '.join(devices)}; "
             "make one group for each"
-        )
-
-
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "lr": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
-    "momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "dampening": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "weight_decay": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
-    "zmg": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "luma": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
-}
-
-
-def _check_hyper_parameters(group: dict[str, Any]) -> None:
-    for name, (is_valid, wanted) in _RANGES.items():
-        value = group[name]
-        if not isinstance(value, DeviceScalar):
-            value = scalar(name, value, device=None)
-        # What lives on the device is not waited for.
-        if isinstance(value, DeviceScalar) or is_valid(value):
-            continue
-        raise ValueError(f"{name} must be {wanted}, but was {value}")
-    if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
-        raise ValueError(
-            "nesterov needs momentum > 0 and dampening = 0, but momentum was "
-            f"{group['momentum']} and dampening {group['dampening']}"
         )

@@ -159,18 +159,21 @@ class StepPlan:
         self.backend = backend
         self.params = [entry.param for entry in entries]
         self.steps = [entry.step for entry in entries if entry.step is not None]
-        self._state = [
+        # Detached aliases keep the memory from being reused: an equal address is the same memory.
+        self._memory = [param.detach() for param in self.params]
+        self._addresses = list(map(Tensor.data_ptr, self._memory))
+        # Who moves the state moves all of it: the ends stand for the rest.
+        state = [
             tensor
             for entry in entries
             for tensor in (getattr(entry, name) for name in STATE_BITS)
             if tensor is not None
         ]
-        # Detached aliases keep the memory from being reused: an equal address is the same memory.
-        self._memory = [tensor.detach() for tensor in (*self.params, *self._state)]
-        self._addresses = list(map(Tensor.data_ptr, self._memory))
+        self._state_memory = [tensor.detach() for tensor in state]
+        self._state_ends = state[:1] + state[-1:]
+        self._state_end_addresses = list(map(Tensor.data_ptr, self._state_ends))
         self._contiguous = all(map(Tensor.is_contiguous, self.params))
         self._strides = list(map(Tensor.stride, self.params))
-        self._dtypes = [param.dtype for param in self.params]
         self._device = self.params[0].device
         self._has_met_grads = False
         for number, entry in enumerate(entries):
@@ -180,10 +183,9 @@ class StepPlan:
     def still_describes(self, params: list[Tensor]) -> bool:
         """Whether `params` are the plan's, in its order, and all its memory is where it was."""
         return (
-            len(params) == len(self.params)
+            list(map(Tensor.data_ptr, params)) == self._addresses
             and all(map(operator.is_, params, self.params))
-            and [*map(Tensor.data_ptr, params), *map(Tensor.data_ptr, self._state)]
-            == self._addresses
+            and list(map(Tensor.data_ptr, self._state_ends)) == self._state_end_addresses
         )
 
     def run(
@@ -229,7 +231,8 @@ class StepPlan:
         ]
 
     def _are_in_order(self, grads: list[Tensor]) -> bool:
-        if [grad.dtype for grad in grads] != self._dtypes:
+        # Other dtypes come from `grad_dtype`, which is a policy for all parameters.
+        if grads[0].dtype != self.params[0].dtype:
             return False
         try:
             if self._contiguous:

@@ -51,7 +51,7 @@ def plot_filters(path: Path, history: Sequence[dict[str, Any]], *, title: str) -
         )
     axes.plot(epochs, norms["p50"], ".-", color="C0", label="median")
     axes.set_ylim(bottom=0)
-    axes.legend(loc="best")
+    axes.legend(loc="upper right")
     _save(figure, path)
 
 

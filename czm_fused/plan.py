@@ -1,0 +1,262 @@
+"""What a step needs of an optimizer's groups and state, gathered once and kept while it holds."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from czm_fused import reference
+from czm_fused.ops import backends
+from czm_fused.ops.step import (
+    HAS_MOMENTUM,
+    IS_ANCHORED,
+    IS_DAMPENED,
+    IS_EXP_SCALED,
+    IS_ZERO_MEAN,
+    STATE_BITS,
+    StepPlan,
+    entries_from_lists,
+)
+from czm_fused.ops.table import (
+    GROUP_COLUMNS,
+    DeviceScalar,
+    HyperParameters,
+    same_memory_order,
+    scalar,
+)
+
+HyperParameterRow = tuple[float | DeviceScalar, ...]
+
+
+class OptimizerPlan:
+    """The step plans of one optimizer, one a device, and what must not have changed for them.
+
+    Args:
+        param_groups: the optimizer's groups.
+        state: the optimizer's state; what is missing for a step is created.
+        params: the parameters that have a gradient, in the order of the groups.
+        rows: the hyper-parameters of the groups.
+        backend: as the optimizer was asked for it.
+    """
+
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        params: list[Tensor],
+        rows: list[HyperParameterRow],
+        backend: str,
+    ) -> None:
+        kinds, groups = kinds_and_groups(param_groups, state)
+        numbers_of: dict[torch.device, list[int]] = {}
+        for number, param in enumerate(params):
+            numbers_of.setdefault(param.device, []).append(number)
+        self._plans: list[tuple[StepPlan, list[int]]] = []
+        for device, numbers in numbers_of.items():
+            device_kinds = [kinds[number] for number in numbers]
+            entries = entries_from_lists(
+                [params[number] for number in numbers],
+                *state_lists([state[params[number]] for number in numbers], device_kinds),
+                device_kinds,
+                [groups[number] for number in numbers],
+            )
+            plan = StepPlan(entries, backends.choose(device, backend))
+            self._plans.append((plan, numbers))
+        self._count = len(params)
+        self._filters = _filter_options(param_groups)
+        self._states = list(state.values())
+        self._watched = [
+            (operator.itemgetter(name), [values for values in self._states if name in values])
+            for name in ("momentum_buffer", "log_scale", "log_scale_momentum_buffer")
+        ]
+        self._state_tensors = self._watch()
+        self._set_rows(rows)
+
+    def still_describes(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        params: list[Tensor],
+        rows: list[HyperParameterRow],
+    ) -> bool:
+        """Whether a step of these would be planned alike; takes over new values of `rows`.
+
+        Raises:
+            ValueError: a hyper-parameter that has left its range.
+        """
+        if rows != self._rows:
+            if len(rows) != len(self._rows) or _switches(rows) != _switches(self._rows):
+                return False
+            for row in rows:
+                check_hyper_parameters(dict(zip(GROUP_COLUMNS, row, strict=True)))
+            self._set_rows(rows)
+        return (
+            len(params) == self._count
+            and _filter_options(param_groups) == self._filters
+            and self._has_state(state)
+            and all(
+                plan.still_describes(self._of(numbers, params)) for plan, numbers in self._plans
+            )
+        )
+
+    def run(
+        self, grads: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Update everything in place; all devices' gradients are checked before anything is."""
+        ordered = [plan.in_memory_order(self._of(numbers, grads)) for plan, numbers in self._plans]
+        for (plan, _), plan_grads in zip(self._plans, ordered, strict=True):
+            plan.run(plan_grads, self._hyper_parameters, grad_scale, found_inf)
+
+    def _has_state(self, state: dict[Tensor, dict[str, Any]]) -> bool:
+        states = list(state.values())
+        if len(states) != len(self._states) or not all(map(operator.is_, states, self._states)):
+            return False
+        try:
+            return all(map(operator.is_, self._watch(), self._state_tensors))
+        except KeyError:
+            return False
+
+    def _watch(self) -> list[Tensor]:
+        return list(chain.from_iterable(map(get, states) for get, states in self._watched))
+
+    def _of(self, numbers: list[int], tensors: list[Tensor]) -> list[Tensor]:
+        if len(numbers) == len(tensors):
+            return tensors
+        return [tensors[number] for number in numbers]
+
+    def _set_rows(self, rows: list[HyperParameterRow]) -> None:
+        self._rows = rows
+        self._hyper_parameters = HyperParameters(rows)
+
+
+def kinds_and_groups(
+    param_groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]
+) -> tuple[list[int], list[int]]:
+    """Create missing state; return the kind and the group of each parameter with a gradient."""
+    kinds: list[int] = []
+    groups: list[int] = []
+    for number, group in enumerate(param_groups):
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            kind = _kind(param, group)
+            _init_state(state[param], param, kind)
+            kinds.append(kind)
+            groups.append(number)
+    return kinds, groups
+
+
+_SWITCHES = tuple(
+    GROUP_COLUMNS.index(name) for name in ("momentum", "dampening", "zmg", "luma")
+)
+
+
+def _switches(rows: Iterable[HyperParameterRow]) -> list[bool]:
+    """What a plan depends on: which parts of the method are on."""
+    return [row[column] != 0 for row in rows for column in _SWITCHES]
+
+
+def _filter_options(param_groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """What a plan depends on beside the numbers: which tensors are filters, and of which group."""
+    return [
+        (group["exp_scale"], group["min_filter_dim"], len(group["params"]))
+        for group in param_groups
+    ]
+
+
+def _kind(param: Tensor, group: dict[str, Any]) -> int:
+    is_filter = param.dim() >= group["min_filter_dim"]
+    has_momentum = bool(group["momentum"] != 0)
+    kind = HAS_MOMENTUM if has_momentum else 0
+    if is_filter and group["exp_scale"]:
+        kind |= IS_EXP_SCALED
+    if is_filter and group["zmg"] != 0:
+        kind |= IS_ZERO_MEAN
+    if is_filter and group["luma"] != 0:
+        kind |= IS_ANCHORED
+    if has_momentum and group["dampening"] != 0:
+        kind |= IS_DAMPENED
+    return kind
+
+
+def _init_state(state: dict[str, Any], param: Tensor, kind: int) -> None:
+    """Create the state that is missing, and fit what is there to a parameter that was converted."""
+    real = reference.compute_dtype(param.dtype)
+    if kind & HAS_MOMENTUM and state.get("momentum_buffer") is None:
+        state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        if kind & IS_DAMPENED:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+    if kind & IS_DAMPENED and "step" not in state:
+        # Momentum without a count was loaded, or gathered before dampening was turned on.
+        state["step"] = torch.ones((), dtype=torch.float32, device=param.device)
+    if kind & IS_EXP_SCALED:
+        if "log_scale" not in state:
+            state["log_scale"] = reference.initial_log_scale(param.detach())
+        if kind & HAS_MOMENTUM and "log_scale_momentum_buffer" not in state:
+            state["log_scale_momentum_buffer"] = torch.zeros_like(state["log_scale"], dtype=real)
+    for name, bits in STATE_BITS.items():
+        if kind & bits != bits:
+            continue
+        if name == "momentum_buffer":
+            state[name] = like_param(name, state[name], param)
+        else:
+            dtype = torch.float32 if name == "step" else real
+            state[name] = state[name].to(device=param.device, dtype=dtype).contiguous()
+
+
+def like_param(name: str, tensor: Tensor, param: Tensor) -> Tensor:
+    if tensor.shape != param.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, but its parameter {tuple(param.shape)}; "
+            f"delete it from the optimizer's state to begin anew"
+        )
+    if (
+        tensor.dtype == param.dtype
+        and tensor.device == param.device
+        and same_memory_order(tensor, param)
+    ):
+        return tensor
+    return torch.empty_like(param).copy_(tensor)
+
+
+def state_lists(
+    states: list[dict[str, Any]], kinds: list[int]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Gather state in the order of `czm_fused::step_`'s lists."""
+    momentum, log_scales, log_scale_momentum, steps = (
+        [state[name] for state, kind in zip(states, kinds, strict=True) if kind & bits == bits]
+        for name, bits in STATE_BITS.items()
+    )
+    return momentum, log_scales, log_scale_momentum, steps
+
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "lr": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
+    "momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "dampening": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "weight_decay": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
+    "zmg": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "luma": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
+}
+
+
+def check_hyper_parameters(group: dict[str, Any]) -> None:
+    for name, (is_valid, wanted) in _RANGES.items():
+        value = group[name]
+        if not isinstance(value, DeviceScalar):
+            value = scalar(name, value, device=None)
+        # What lives on the device is not waited for.
+        if isinstance(value, DeviceScalar) or is_valid(value):
+            continue
+        raise ValueError(f"{name} must be {wanted}, but was {value}")
+    if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+        raise ValueError(
+            "nesterov needs momentum > 0 and dampening = 0, but momentum was "
+            f"{group['momentum']} and dampening {group['dampening']}"
+        )
