@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -70,12 +68,7 @@ class OptimizerPlan:
             self._plans.append((plan, numbers))
         self._count = len(params)
         self._filters = _filter_options(param_groups)
-        self._states = list(state.values())
-        self._watched = [
-            (operator.itemgetter(name), [values for values in self._states if name in values])
-            for name in ("momentum_buffer", "log_scale", "log_scale_momentum_buffer")
-        ]
-        self._state_tensors = self._watch()
+        self._state = [dict(values) for values in state.values()]
         self._set_rows(rows)
 
     def still_describes(
@@ -114,16 +107,11 @@ class OptimizerPlan:
             plan.run(plan_grads, self._hyper_parameters, grad_scale, found_inf)
 
     def _has_state(self, state: dict[Tensor, dict[str, Any]]) -> bool:
-        states = list(state.values())
-        if len(states) != len(self._states) or not all(map(operator.is_, states, self._states)):
-            return False
         try:
-            return all(map(operator.is_, self._watch(), self._state_tensors))
-        except KeyError:
+            # Identical tensors are not compared; others cannot be told equal, and raise.
+            return list(state.values()) == self._state
+        except RuntimeError:
             return False
-
-    def _watch(self) -> list[Tensor]:
-        return list(chain.from_iterable(map(get, states) for get, states in self._watched))
 
     def _of(self, numbers: list[int], tensors: list[Tensor]) -> list[Tensor]:
         if len(numbers) == len(tensors):
