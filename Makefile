@@ -11,7 +11,7 @@ BUILD_INPUTS = setup.py pyproject.toml $(CONSTRAINTS) \
 .PHONY: train test lint gpu-check clean
 
 train: $(VENV)/train.stamp
-	$(VENV)/bin/czm-train --out $(OUT)
+	$(VENV)/bin/czm-train --out $(OUT) --overwrite
 
 test: $(VENV)/train,dev.stamp
 	$(VENV)/bin/pytest

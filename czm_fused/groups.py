@@ -18,7 +18,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "spatial": {"exp_scale": True},
     # A slice of one tap is its own mean: there is nothing to remove but the gradient itself.
     "pointwise": {"exp_scale": True, "zmg": 0.0},
-    "rest": {"exp_scale": False, "zmg": 0.0, "luma": 0.0},
+    # Anchored, if at all, are the rows of linear layers, and never a transposed convolution.
+    "rest": {"exp_scale": False, "zmg": 0.0, "luma": 0.0, "max_filter_dim": 2},
 }
 """What each group sets; the optimizer's defaults hold for everything else."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from czm_fused import reference
 from czm_fused.ops import backends
@@ -62,7 +63,9 @@ class FusedCZMSGD(Optimizer):
 
     Every group can set `lr, momentum, dampening, weight_decay, nesterov, maximize, zmg, luma` and
     `exp_scale`. The rows of a 2-d weight are filters only in a group that itself sets `luma` or
-    `exp_scale` (its key `min_filter_dim` is then 2, else 3).
+    `exp_scale` (its key `min_filter_dim` is then 2, else 3; `max_filter_dim` bounds them above).
+    A bare `model.parameters()` tells no transposed convolutions: their weights have three or more
+    dimensions and count as filters, so use `czm_param_groups` where there are any.
 
     State of a parameter: `momentum_buffer`, of its shape, dtype and layout; for exp-scaled filters
     `log_scale` (`g`) and `log_scale_momentum_buffer`, `(out_channels,)`, float32 (float64 for
@@ -125,6 +128,7 @@ class FusedCZMSGD(Optimizer):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         names_filters = "luma" in param_group or "exp_scale" in param_group
         param_group.setdefault("min_filter_dim", 2 if names_filters else 3)
+        param_group.setdefault("max_filter_dim", None)
         check_hyper_parameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
@@ -144,6 +148,7 @@ class FusedCZMSGD(Optimizer):
         self._plan = None
         for group in self.param_groups:
             group.setdefault("min_filter_dim", 3)
+            group.setdefault("max_filter_dim", None)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
@@ -164,7 +169,7 @@ class FusedCZMSGD(Optimizer):
             for group, saved, old in zip(
                 optimizer.param_groups, saved_groups, present, strict=True
             ):
-                for name in (*self.defaults, "min_filter_dim"):
+                for name in (*self.defaults, "min_filter_dim", "max_filter_dim"):
                     if name not in saved and name in old:
                         group[name] = old[name]
                 for number, param in zip(saved["params"], group["params"], strict=True):
@@ -221,7 +226,9 @@ class FusedCZMSGD(Optimizer):
 
         rows = [hyper_parameter_row(group) for group in self.param_groups]
         plan = self._plan
-        if plan is None or not plan.still_describes(self.param_groups, self.state, params, rows):
+        if plan is None or not plan.still_describes(
+            self.param_groups, self.state, params, grads, rows, self.backend
+        ):
             for group in self.param_groups:
                 check_hyper_parameters(group)
             plan = self._plan = OptimizerPlan(
@@ -241,15 +248,14 @@ class FusedCZMSGD(Optimizer):
         by_device: dict[torch.device, list[int]] = {}
         for number, param in enumerate(params):
             by_device.setdefault(param.device, []).append(number)
+        rows = [[group[name] for name in GROUP_COLUMNS] for group in self.param_groups]
+        devices = [x.device for row in rows for x in row if isinstance(x, Tensor)]
+        # Numbers join the tensors that must not be waited for.
+        device = next((device for device in devices if device.type != "cpu"), None)
         hyper_parameters = torch.stack(
             [
-                torch.stack(
-                    [
-                        torch.as_tensor(group[name], dtype=torch.float64)
-                        for name in GROUP_COLUMNS
-                    ]
-                )
-                for group in self.param_groups
+                torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in row])
+                for row in rows
             ]
         )
         all_kinds, groups = kinds_and_groups(self.param_groups, self.state)
@@ -292,6 +298,10 @@ def _check_params(params: list[Tensor]) -> None:
             raise TypeError(
                 f"parameter {number} is {param.dtype}; FusedCZMSGD takes "
                 f"{', '.join(str(dtype) for dtype in DTYPES)}"
+            )
+        if is_traceable_wrapper_subclass(param):
+            raise TypeError(
+                f"parameter {number} is a {type(param).__name__}; FusedCZMSGD takes plain tensors"
             )
         if param.layout != torch.strided:
             raise TypeError(f"parameter {number} is {param.layout}; FusedCZMSGD takes dense ones")

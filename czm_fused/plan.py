@@ -67,8 +67,16 @@ class OptimizerPlan:
             plan = StepPlan(entries, backends.choose(device, backend))
             self._plans.append((plan, numbers))
         self._count = len(params)
+        self._backend = backend
         self._filters = _filter_options(param_groups)
         self._state = [dict(values) for values in state.values()]
+        # Two tensors of one element compare, and may be equal: these are told apart by identity.
+        self._single = [
+            (number, name, value)
+            for number, values in enumerate(self._state)
+            for name, value in values.items()
+            if isinstance(value, Tensor) and value.numel() == 1
+        ]
         self._set_rows(rows)
 
     def still_describes(
@@ -76,7 +84,9 @@ class OptimizerPlan:
         param_groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
         params: list[Tensor],
+        grads: list[Tensor],
         rows: list[HyperParameterRow],
+        backend: str,
     ) -> bool:
         """Whether a step of these would be planned alike; takes over new values of `rows`.
 
@@ -91,10 +101,12 @@ class OptimizerPlan:
             self._set_rows(rows)
         return (
             len(params) == self._count
+            and backend == self._backend
             and _filter_options(param_groups) == self._filters
             and self._has_state(state)
             and all(
-                plan.still_describes(self._of(numbers, params)) for plan, numbers in self._plans
+                plan.still_describes(self._of(numbers, params), self._of(numbers, grads))
+                for plan, numbers in self._plans
             )
         )
 
@@ -107,11 +119,14 @@ class OptimizerPlan:
             plan.run(plan_grads, self._hyper_parameters, grad_scale, found_inf)
 
     def _has_state(self, state: dict[Tensor, dict[str, Any]]) -> bool:
+        present = list(state.values())
         try:
             # Identical tensors are not compared; others cannot be told equal, and raise.
-            return list(state.values()) == self._state
+            if present != self._state:
+                return False
         except RuntimeError:
             return False
+        return all(present[number][name] is value for number, name, value in self._single)
 
     def _of(self, numbers: list[int], tensors: list[Tensor]) -> list[Tensor]:
         if len(numbers) == len(tensors):
@@ -153,22 +168,37 @@ def _switches(rows: Iterable[HyperParameterRow]) -> list[bool]:
 def _filter_options(param_groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """What a plan depends on beside the numbers: which tensors are filters, and of which group."""
     return [
-        (group["exp_scale"], group["min_filter_dim"], len(group["params"]))
+        (
+            group["exp_scale"],
+            group["min_filter_dim"],
+            group["max_filter_dim"],
+            len(group["params"]),
+        )
         for group in param_groups
     ]
 
 
+def _is_on(value: float | Tensor) -> bool:
+    """Whether a part of the method may act; what lives on a device may be turned on there."""
+    return _is_on_device(value) or bool(value != 0)
+
+
+def _is_on_device(value: object) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
 def _kind(param: Tensor, group: dict[str, Any]) -> int:
-    is_filter = param.dim() >= group["min_filter_dim"]
-    has_momentum = bool(group["momentum"] != 0)
+    most = group["max_filter_dim"]
+    is_filter = param.dim() >= group["min_filter_dim"] and (most is None or param.dim() <= most)
+    has_momentum = _is_on(group["momentum"])
     kind = HAS_MOMENTUM if has_momentum else 0
     if is_filter and group["exp_scale"]:
         kind |= IS_EXP_SCALED
-    if is_filter and group["zmg"] != 0:
+    if is_filter and _is_on(group["zmg"]):
         kind |= IS_ZERO_MEAN
-    if is_filter and group["luma"] != 0:
+    if is_filter and _is_on(group["luma"]):
         kind |= IS_ANCHORED
-    if has_momentum and group["dampening"] != 0:
+    if has_momentum and _is_on(group["dampening"]):
         kind |= IS_DAMPENED
     return kind
 
@@ -237,13 +267,13 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 def check_hyper_parameters(group: dict[str, Any]) -> None:
     for name, (is_valid, wanted) in _RANGES.items():
         value = group[name]
-        if not isinstance(value, DeviceScalar):
-            value = scalar(name, value, device=None)
         # What lives on the device is not waited for.
-        if isinstance(value, DeviceScalar) or is_valid(value):
+        if isinstance(value, DeviceScalar) or _is_on_device(value):
             continue
-        raise ValueError(f"{name} must be {wanted}, but was {value}")
-    if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+        number = scalar(name, value, device=None)
+        if isinstance(number, DeviceScalar) or not is_valid(number):
+            raise ValueError(f"{name} must be {wanted}, but was {value}")
+    if group["nesterov"] and not (_is_on(group["momentum"]) and group["dampening"] == 0):
         raise ValueError(
             "nesterov needs momentum > 0 and dampening = 0, but momentum was "
             f"{group['momentum']} and dampening {group['dampening']}"

@@ -21,6 +21,7 @@ template <class Stored> struct Filter {
   const Stored* grad;
   Stored* momentum;  // null without momentum
   int64_t numel;     // 0 for a team without a filter
+  int64_t distance;  // from one filter of the tensor to the next
   int64_t taps;      // 1 if CZMG has nothing to do
   bool channels_last;
 };
@@ -88,7 +89,8 @@ template <class Stored> class HeldFilter {
       : filter_(filter),
         shared_(shared),
         team_(team),
-        is_direct_(filter.numel % kSize == 0 &&
+        // A team without a filter decides as its neighbours do: they meet at the same barriers.
+        is_direct_(filter.numel % kSize == 0 && filter.distance % kSize == 0 &&
                    are_aligned(filter.weight, filter.grad, filter.momentum)) {
     load(weight_, filter.weight);
     load(grad_, filter.grad);

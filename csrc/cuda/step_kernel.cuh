@@ -203,6 +203,7 @@ __device__ __forceinline__ void run(const WorkItem& item, const TensorRow& row, 
       global_address<const Stored>(grad) + first,
       row.momentum_buffer ? global_address<Stored>(row.momentum_buffer) + first : nullptr,
       has_filter ? (left < row.filter_numel ? left : row.filter_numel) : 0,
+      row.filter_numel,
       row.taps,
       row.channels_last != 0};
   const HyperParameters<T> hyper = hyper_parameters<T>(row, group, grad_scale);

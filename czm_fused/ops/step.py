@@ -173,18 +173,26 @@ class StepPlan:
         self._state_end_addresses = list(map(Tensor.data_ptr, self._state_ends))
         self._contiguous = all(map(Tensor.is_contiguous, self.params))
         self._strides = list(map(Tensor.stride, self.params))
+        self._layouts = [(param.shape, param.stride()) for param in self.params]
+        self._numels = list(map(Tensor.numel, self.params))
+        self._dtypes = [param.dtype for param in self.params]
         self._device = self.params[0].device
-        self._has_met_grads = False
+        self._in_order = False
         for number, entry in enumerate(entries):
             check_entry(number, entry, self._device)
         self._run = _runner(backend, entries)
 
-    def still_describes(self, params: list[Tensor]) -> bool:
-        """Whether `params` lie where the plan's do, in its order, and its state where it did."""
-        return (
-            list(map(Tensor.data_ptr, params)) == self._addresses
-            and list(map(Tensor.data_ptr, self._state_ends)) == self._state_end_addresses
-        )
+    def still_describes(self, params: list[Tensor], grads: list[Tensor]) -> bool:
+        """Whether `params` lie where the plan's do, as they did, and its state where it did."""
+        if (
+            list(map(Tensor.data_ptr, params)) != self._addresses
+            or list(map(Tensor.data_ptr, self._state_ends)) != self._state_end_addresses
+        ):
+            return False
+        # Torch holds a gradient to its parameter's shape, and autograd to its strides: gradients in
+        # order tell that a parameter was not cut or transposed where it lies.
+        self._in_order = self._are_in_order(grads)
+        return self._in_order or [(p.shape, p.stride()) for p in params] == self._layouts
 
     def run(
         self,
@@ -217,20 +225,18 @@ class StepPlan:
             RuntimeError: a gradient that is sparse, or of another shape, dtype or device than its
                 parameter.
         """
-        # Torch itself holds a gradient to its parameter's shape and device; dtypes may differ, and
-        # where the parameter was replaced under its gradient the plan is new.
-        if self._has_met_grads and self._are_in_order(grads):
+        if self._in_order:
             return grads
         _check_grads(self.params, grads)
-        self._has_met_grads = True
         return [
             grad if same_memory_order(param, grad) else torch.empty_like(param).copy_(grad)
             for param, grad in zip(self.params, grads, strict=True)
         ]
 
     def _are_in_order(self, grads: list[Tensor]) -> bool:
-        # Other dtypes come from `grad_dtype`, which is a policy for all parameters.
-        if grads[0].dtype != self.params[0].dtype:
+        if [grad.dtype for grad in grads] != self._dtypes:
+            return False
+        if list(map(Tensor.numel, grads)) != self._numels:
             return False
         try:
             if self._contiguous:

@@ -52,7 +52,7 @@ _PHOTOGRAPHS = {
     "flip": True,
 }
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
-    # 898 images in batches of 128, 64 or 32 leave a last one of 2, whose gradient is mostly noise.
+    # 898 images in batches of 128, 64 or 32 leave a last one of 2, whose step derails it.
     "digits": {"depth": 20, "epochs": 40, "batch_size": 50, "crop_padding": 1, "flip": False},
     "imagefolder": _PHOTOGRAPHS,
     "cifar10": _PHOTOGRAPHS,

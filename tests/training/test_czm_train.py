@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import os
@@ -6,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import assert_same, read_metrics
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -135,6 +136,18 @@ def test_every_training_image_is_seen_once_an_epoch(monkeypatch):
     rows = torch.cat(seen).flatten(1).tolist()
     assert sorted(rows) == sorted(digits.train.pixels.flatten(1).tolist())
     assert rows != digits.train.pixels.flatten(1).tolist()
+
+
+@pytest.mark.parametrize("method", ["czmig", "bn"])
+def test_testing_draws_nothing_and_changes_nothing(method):
+    from czm_fused.training import data
+    from czm_fused.training.settings import resolve
+
+    settings = resolve({"depth": 8, "method": method, "noise": 0.3})
+    trainer = Trainer(settings, data.digits(), torch.device("cpu"))
+    before = copy.deepcopy(trainer.state_dict())
+    assert trainer.test() == trainer.test()
+    assert_same(trainer.state_dict(), before)
 
 
 def fails(train, tmp_path, *options, **keywords):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +29,12 @@ class TritonStep:
         ValueError: a tensor whose memory the kernel cannot walk, or too large a one.
     """
 
+    # A CUDA graph goes on reading the tables that it was captured with, and nothing tells when it
+    # is gone.
+    _captured: ClassVar[set[TritonStep]] = set()
+
     def __init__(self, entries: Sequence[StepEntry]) -> None:
+        self._device = entries[0].param.device
         numbers_of: dict[torch.dtype, list[int]] = {}
         for number, entry in enumerate(entries):
             if entry.param.numel() > 0:
@@ -45,8 +51,13 @@ class TritonStep:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
+        if self._is_capturing():
+            self._captured.add(self)
         for launch in self._launches:
             launch(grads, hyper_parameters, grad_scale, found_inf)
+
+    def _is_capturing(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class _Launch:

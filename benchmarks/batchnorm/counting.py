@@ -1,0 +1,119 @@
+"""What is counted rather than timed: bytes kept for backward, their floor, and operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import czm_fused.functional  # noqa: F401  (defines the operator that is named below)
+
+aten = torch.ops.aten
+
+# Which argument of an operator with weights is the activation.
+_ACTIVATION = {aten.convolution.default: 0, aten.addmm.default: 1, aten.mm.default: 0}
+_RELUS = (
+    aten.relu.default,
+    aten.relu_.default,
+    torch.ops.czm_fused.add_relu_noise.default,
+)
+
+
+class _Storages:
+    """Distinct storages, kept alive, so that no other takes the address of one of them."""
+
+    def __init__(self, excluded: list[Tensor]) -> None:
+        self._excluded = {tensor.untyped_storage()._cdata for tensor in excluded}
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._excluded:
+            self._storages[storage._cdata] = storage
+
+    def nbytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+
+def saved_bytes(model: nn.Module, images: Tensor) -> int:
+    """Return the bytes that a forward pass keeps for backward, each storage counted once.
+
+    Parameters, buffers and the images exist anyway, and are not counted.
+    """
+    kept = _Storages([*model.parameters(), *model.buffers(), images])
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.add(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # The result keeps the graph alive until everything has been counted.
+        result = model(images)
+        total = kept.nbytes()
+    del result
+    return total
+
+
+def floor_bytes(model: nn.Module, images: Tensor) -> int:
+    """Return the bytes that the architecture makes any eager training keep for backward.
+
+    They are the activations that a convolution or a linear layer takes, for the gradients of their
+    weights, and those that a ReLU returns, for its mask; each once, as most are both, and the
+    images not at all. The factors of the noise, the indices of a max-pooling and all statistics are
+    above the floor. They are read off the operators of a forward pass, not off what autograd keeps.
+
+    Args:
+        model: the network without normalisation or noise.
+        images: of the shape to train with, on the device of the model.
+    """
+    kept = _Storages([images])
+    with torch.no_grad(), _ArchitectureMode(kept):
+        model(images)
+    return kept.nbytes()
+
+
+class _ArchitectureMode(TorchDispatchMode):
+    def __init__(self, kept: _Storages) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None
+    ) -> Any:
+        result = operator(*arguments, **(keywords or {}))
+        if operator in _ACTIVATION:
+            self._kept.add(arguments[_ACTIVATION[operator]])
+        elif operator in _RELUS:
+            self._kept.add(result)
+        return result
+
+
+def operators(function: Callable[[], object]) -> int:
+    """Return how many operators torch dispatches while `function` runs.
+
+    Views and bare allocations, which touch no element, are not counted.
+    """
+    with _CountingMode() as mode:
+        function()
+    return mode.count
+
+
+class _CountingMode(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None
+    ) -> Any:
+        self.count += _touches_elements(operator)
+        return operator(*arguments, **(keywords or {}))
+
+
+def _touches_elements(operator: Any) -> bool:
+    arguments = operator._schema.arguments
+    is_view = any(each.alias_info and not each.alias_info.is_write for each in arguments)
+    return not is_view and operator.overloadpacket is not aten.empty
