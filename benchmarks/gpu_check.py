@@ -68,8 +68,9 @@ def steps(results: Path) -> list[Step]:
         plan.append(Step(tool, [*command, *pytest, *SANITIZED], 120, environment))
     for backend in ("cuda", "triton"):
         out = str(results / f"digits_{backend}")
-        train = ["-m", "czm_fused.training", "--device", "cuda", "--overwrite", "--backend", backend]
-        plan.append(Step(f"digits_{backend}", [python, *train, "--epochs", "4", "--out", out], 120))
+        train = ["-m", "czm_fused.training", "--device", "cuda", "--backend", backend]
+        where = ["--epochs", "4", "--out", out, "--overwrite"]
+        plan.append(Step(f"digits_{backend}", [python, *train, *where], 120))
     for model, dtype in itertools.product(MODELS, DTYPES):
         stem = f"step_throughput_{model}_{dtype}"
         files = [

@@ -103,7 +103,13 @@ def test_process_killed_at_some_moment_leaves_a_resumable_checkpoint(train, tmp_
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "czm_fused.training", *QUICK]
     command += ["--epochs", "1000", "--milestones", "4", "--out", str(folder)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # Where the tests run in the background of a shell, Ctrl-C is ignored, and that is inherited.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     metrics = folder / "metrics.jsonl"
     try:
         while not metrics.exists() or not metrics.read_text():
