@@ -1,14 +1,8 @@
-import io
-import json
-
 import numpy as np
 import pytest
-import torch
-from PIL import Image
+from quick_runs import QUICK, png
 
 from czm_fused.training.__main__ import main
-
-QUICK = ["--depth", "8", "--epochs", "4", "--device", "cpu", "--batch-size", "256"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,39 +43,3 @@ def image_tree(tmp_path):
             for index in range(count):
                 (folder / f"{index}.png").write_bytes(png(rng.integers(256, size=(5, 6, 3))))
     return tmp_path / "images"
-
-
-def png(pixels):
-    file = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(file, format="png")
-    return file.getvalue()
-
-
-def read_metrics(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def without_times(records):
-    return [
-        {key: record[key] for key in record.keys() - {"seconds", "images_per_second"}}
-        for record in records
-    ]
-
-
-def assert_same(actual, expected):
-    """Assert that two nested structures of tensors and values are equal to the bit."""
-    assert type(actual) is type(expected)
-    if isinstance(actual, torch.Tensor):
-        assert actual.dtype == expected.dtype
-        assert torch.equal(actual, expected)
-    elif isinstance(actual, dict):
-        assert actual.keys() == expected.keys()
-        for key in actual:
-            assert_same(actual[key], expected[key])
-    elif isinstance(actual, (list, tuple)):
-        assert len(actual) == len(expected)
-        for pair in zip(actual, expected, strict=True):
-            assert_same(*pair)
-    else:
-        assert actual == expected

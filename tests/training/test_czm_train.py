@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_same, read_metrics
 from PIL import Image
+from quick_runs import assert_same, read_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from czm_fused.training import checkpoint

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import png
+from quick_runs import png
 from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 

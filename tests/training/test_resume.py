@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import QUICK, assert_same, read_metrics, without_times
+from quick_runs import QUICK, assert_same, read_metrics, without_times
 
 from czm_fused.training import checkpoint
 from czm_fused.training.loop import Trainer
