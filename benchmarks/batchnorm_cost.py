@@ -8,15 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from batchnorm import counting, results
 from batchnorm.networks import METHODS, NETWORKS, build
 from batchnorm.training import Training, time_all
 from throughput import report
+from throughput.arguments import at_least, output
 
 
 def measure(
@@ -78,43 +77,25 @@ def _parser() -> argparse.ArgumentParser:
         help="default: all, those under torch.compile only with --compile",
     )  # fmt: skip
     parser.add_argument(
-        "--image-size", type=_at_least(int, 1),
+        "--image-size", type=at_least(int, 1),
         help="in pixels (default: 32 for CIFAR's networks, 64 for torchvision's)",
     )  # fmt: skip
     parser.add_argument(
-        "--batch", type=_at_least(int, 2),
+        "--batch", type=at_least(int, 2),
         help="images a step (default: 32 for CIFAR's networks, 8 for torchvision's)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=_at_least(int, 1), help="of torch (default: torch's own)")
+    parser.add_argument("--threads", type=at_least(int, 1), help="of torch (default: torch's own)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
-        "--seconds", type=_at_least(float, 0), default=60.0,
+        "--seconds", type=at_least(float, 0), default=60.0,
         help="of timing for each model; 0 counts and does not time (default: 60)",
     )  # fmt: skip
     parser.add_argument(
         "--compile", action="store_true", help="measure the methods under torch.compile as well"
     )
-    parser.add_argument("--json", type=_output, metavar="FILE", help="write the rows")
-    parser.add_argument("--plot", type=_output, metavar="FILE.png", help="draw bytes and times")
+    parser.add_argument("--json", type=output, metavar="FILE", help="write the rows")
+    parser.add_argument("--plot", type=output, metavar="FILE.png", help="draw bytes and times")
     return parser
-
-
-def _at_least(kind: type, least: float) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not value >= least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, but was {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def _output(text: str) -> Path:
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
-    return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,12 +12,12 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from throughput import agreement, cuda, models, report, timing
+from throughput.arguments import output, positive
 from throughput.providers import (
     Provider,
     Settings,
@@ -177,38 +177,20 @@ def _parser() -> argparse.ArgumentParser:
         help="of czm_fused (default: every available one)",
     )  # fmt: skip
     parser.add_argument(
-        "--steps", type=_positive(int), default=300, help="rounds at most (default: 300)"
+        "--steps", type=positive(int), default=300, help="rounds at most (default: 300)"
     )
     parser.add_argument(
-        "--seconds", type=_positive(float), default=60.0,
+        "--seconds", type=positive(float), default=60.0,
         help="for each model and dtype, after how long no further round begins (default: 60)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=_positive(int), help="of torch (default: torch's own)")
-    parser.add_argument("--json", type=_output, metavar="FILE", help="write the rows")
+    parser.add_argument("--threads", type=positive(int), help="of torch (default: torch's own)")
+    parser.add_argument("--json", type=output, metavar="FILE", help="write the rows")
     parser.add_argument(
-        "--details", type=_output, metavar="FILE",
+        "--details", type=output, metavar="FILE",
         help="write the machine and all that was measured beside the rows, as JSON",
     )  # fmt: skip
-    parser.add_argument("--plot", type=_output, metavar="FILE.png", help="draw the medians")
+    parser.add_argument("--plot", type=output, metavar="FILE.png", help="draw the medians")
     return parser
-
-
-def _positive(kind: type) -> Any:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, but was {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def _output(text: str) -> Path:
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
-    return path
 
 
 def _backends(requested: Sequence[str] | None, device: torch.device) -> list[str]:

@@ -155,7 +155,6 @@ class StepPlan:
     """
 
     def __init__(self, entries: Sequence[StepEntry], backend: str) -> None:
-        self.backend = backend
         self.params = [entry.param for entry in entries]
         self.steps = [entry.step for entry in entries if entry.step is not None]
         # Detached aliases keep the memory from being reused: an equal address is the same memory.
