@@ -12,7 +12,14 @@ from typing import Any
 from ..ops.backends import BACKENDS
 from . import checkpoint
 from .errors import TrainingError
-from .settings import DATASET_DEFAULTS, METHOD_DEFAULTS, Settings, resolve, resolve_resumed
+from .settings import (
+    AUTOCAST,
+    DATASET_DEFAULTS,
+    METHOD_DEFAULTS,
+    Settings,
+    resolve,
+    resolve_resumed,
+)
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,16 @@ def _add_where_to_run(group: Any) -> None:
     group.add_argument(
         "--device",
         help="cpu, cuda, cuda:1, ... (default: auto, the accelerator if there is one)",
+    )
+    group.add_argument(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        help="keep channels innermost in memory, as convolutions prefer (default: no)",
+    )
+    group.add_argument(
+        "--autocast",
+        choices=AUTOCAST,
+        help="compute convolutions in bfloat16; weights stay float32 (default: off)",
     )
     group.add_argument(
         "--backend",

@@ -49,6 +49,10 @@ class Trainer:
         self.model = build_model(
             settings, in_channels=data.channels, num_classes=data.num_classes
         ).to(device)
+        self.memory_format = (
+            torch.channels_last if settings.channels_last else torch.contiguous_format
+        )
+        self.model.to(memory_format=self.memory_format)
         self.optimizer = build_optimizer(settings, self.model)
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(
             self.optimizer, settings.milestones, gamma=0.1
@@ -131,16 +135,21 @@ class Trainer:
         self.epoch = state["epoch"]
 
     def _train_step(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.model(self.normalise(self.augment(pixels)))
-        loss = F.cross_entropy(outputs, labels)
+        loss, outputs = self._forward(self.augment(pixels), labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         return loss.detach(), outputs.detach()
 
     def _test_step(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.model(self.normalise(pixels))
-        return F.cross_entropy(outputs, labels), outputs
+        return self._forward(pixels, labels)
+
+    def _forward(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images = self.normalise(pixels).contiguous(memory_format=self.memory_format)
+        autocasts = self.settings.autocast != "off"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocasts):
+            outputs = self.model(images)
+            return F.cross_entropy(outputs, labels), outputs
 
     def _measure(
         self,

@@ -58,6 +58,8 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "cifar10": _PHOTOGRAPHS,
 }
 
+AUTOCAST = ("off", "bfloat16")
+
 _LEAST = {"epochs": 1, "batch_size": 1, "crop_padding": 0, "seed": 0, "workers": 0}
 
 # Where and how a run computes, not what: these may change when it is resumed.
@@ -73,6 +75,9 @@ class Settings:
         milestones: the learning rates are multiplied by 0.1 after each of these epochs.
         crop_padding: pixels; images are cropped at random from their zero-padded selves.
         flip: whether images are mirrored left to right at random.
+        channels_last: whether weights and images have their channels innermost in memory.
+        autocast: `"bfloat16"`, what convolutions and the classifier compute in, or `"off"`;
+            weights, gradients and the optimizer's state are float32 either way.
     """
 
     method: str
@@ -93,6 +98,8 @@ class Settings:
     crop_padding: int
     flip: bool
     seed: int
+    channels_last: bool
+    autocast: str
     device: str
     backend: str
     workers: int
@@ -145,6 +152,8 @@ def resolve(given: dict[str, Any]) -> Settings:
         "dataset": dataset,
         "momentum": 0.9,
         "seed": 0,
+        "channels_last": False,
+        "autocast": "off",
         "device": "auto",
         "backend": "auto",
         "workers": 0,
