@@ -52,7 +52,7 @@ class Trainer:
         self.memory_format = (
             torch.channels_last if settings.channels_last else torch.contiguous_format
         )
-        self.model.to(memory_format=self.memory_format)
+        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(settings, self.model)
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(
             self.optimizer, settings.milestones, gamma=0.1
