@@ -85,14 +85,13 @@ class CudaStep:
         self._launches = [
             self._launch(entries[tensors], tensors) for tensors in _slices(groups)
         ]
-        self._grad_addresses = torch.zeros(len(entries), dtype=torch.int64)
-        self._grad_addresses_view = self._grad_addresses.numpy()
         self._hyper_parameters: HyperParameters | None = None
         self._group_rows: list[tuple[Tensor, Tensor]] = []
 
     def __call__(
         self,
         grads: Sequence[Tensor],
+        grad_addresses: Tensor,
         hyper_parameters: HyperParameters,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
@@ -105,12 +104,11 @@ class CudaStep:
                 (hyper_parameters.values[launch.groups], hyper_parameters.addresses[launch.groups])
                 for launch in self._launches
             ]
-        self._grad_addresses_view[:] = list(map(Tensor.data_ptr, grads))
         for launch, (values, addresses) in zip(self._launches, self._group_rows, strict=True):
             self._run(
                 launch.table,
                 launch.work_items,
-                self._grad_addresses[launch.tensors],
+                grad_addresses[launch.tensors],
                 values,
                 addresses,
                 launch.dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -12,6 +12,7 @@ from czm_fused import reference
 from czm_fused.ops import backends
 from czm_fused.ops.library import lib
 from czm_fused.ops.table import (
+    DTYPES,
     GROUP_COLUMNS,
     DeviceScalar,
     HyperParameters,
@@ -47,6 +48,8 @@ lib.define(
     "launch_step(Tensor table, Tensor grad_addresses, Tensor hyper_parameters, "
     "Tensor hyper_parameter_addresses, int work, Tensor? grad_scale, Tensor? found_inf) -> ()"
 )
+# Whether `grads` lie as `layouts` says, and if so their addresses; see `_layouts`.
+lib.define("read_gradients(Tensor layouts, Tensor[] grads, Tensor(a!) addresses) -> bool")
 
 
 class CpuStep:
@@ -57,20 +60,18 @@ class CpuStep:
 
     def __init__(self, entries: Sequence[StepEntry]) -> None:
         self._table, _, self._work = build_table(entries, self._PLAIN_BLOCK)
-        self._grad_addresses = torch.zeros(len(entries), dtype=torch.int64)
-        self._grad_addresses_view = self._grad_addresses.numpy()
 
     def __call__(
         self,
         grads: Sequence[Tensor],
+        grad_addresses: Tensor,
         hyper_parameters: HyperParameters,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        self._grad_addresses_view[:] = list(map(Tensor.data_ptr, grads))
         torch.ops.czm_fused.launch_step.default(
             self._table,
-            self._grad_addresses,
+            grad_addresses,
             hyper_parameters.values,
             hyper_parameters.addresses,
             self._work,
@@ -88,6 +89,7 @@ class ReferenceStep:
     def __call__(
         self,
         grads: Sequence[Tensor],
+        grad_addresses: Tensor,
         hyper_parameters: HyperParameters,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
@@ -124,6 +126,7 @@ class _Runner(Protocol):
     def __call__(
         self,
         grads: Sequence[Tensor],
+        grad_addresses: Tensor,
         hyper_parameters: HyperParameters,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
@@ -170,12 +173,11 @@ class StepPlan:
         self._state_memory = [tensor.detach() for tensor in state]
         self._state_ends = state[:1] + state[-1:]
         self._state_end_addresses = list(map(Tensor.data_ptr, self._state_ends))
-        self._contiguous = all(map(Tensor.is_contiguous, self.params))
-        self._strides = list(map(Tensor.stride, self.params))
         self._layouts = [(param.shape, param.stride()) for param in self.params]
-        self._numels = list(map(Tensor.numel, self.params))
-        self._dtypes = [param.dtype for param in self.params]
         self._device = self.params[0].device
+        self._grad_layouts = _layouts(self.params)
+        self._grad_addresses = torch.zeros(len(entries), dtype=torch.int64)
+        self._read_gradients = _gradients_reader(backend)
         self._in_order = False
         for number, entry in enumerate(entries):
             check_entry(number, entry, self._device)
@@ -190,7 +192,7 @@ class StepPlan:
             return False
         # Torch holds a gradient to its parameter's shape, and autograd to its strides: gradients in
         # order tell that a parameter was not cut or transposed where it lies.
-        self._in_order = self._are_in_order(grads)
+        self._in_order = self._read_gradients(self._grad_layouts, grads, self._grad_addresses)
         return self._in_order or [(p.shape, p.stride()) for p in params] == self._layouts
 
     def run(
@@ -212,7 +214,7 @@ class StepPlan:
             grad_scale = grad_scale.to(self._device, torch.float32)
         if found_inf is not None:
             found_inf = found_inf.to(self._device, torch.float32)
-        self._run(grads, hyper_parameters, grad_scale, found_inf)
+        self._run(grads, self._grad_addresses, hyper_parameters, grad_scale, found_inf)
         if self.steps:
             updated = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
             torch._foreach_add_(self.steps, updated)
@@ -227,22 +229,39 @@ class StepPlan:
         if self._in_order:
             return grads
         _check_grads(self.params, grads)
-        return [
+        ordered = [
             grad if same_memory_order(param, grad) else torch.empty_like(param).copy_(grad)
             for param, grad in zip(self.params, grads, strict=True)
         ]
+        self._grad_addresses.copy_(torch.tensor(list(map(Tensor.data_ptr, ordered))))
+        return ordered
 
-    def _are_in_order(self, grads: list[Tensor]) -> bool:
-        if [grad.dtype for grad in grads] != self._dtypes:
-            return False
-        if list(map(Tensor.numel, grads)) != self._numels:
-            return False
-        try:
-            if self._contiguous:
-                return all(map(Tensor.is_contiguous, grads))
-            return list(map(Tensor.stride, grads)) == self._strides
-        except RuntimeError:  # Sparse layouts have neither.
-            return False
+
+def _layouts(tensors: Sequence[Tensor]) -> Tensor:
+    """Return what gradients like `tensors` lie like, as `read_gradients` takes it: for each of them
+    the dtype, the numel, and how many strides follow: none where it must be contiguous.
+    """
+    layouts: list[int] = []
+    for tensor in tensors:
+        strides = () if tensor.is_contiguous() else tensor.stride()
+        layouts += (DTYPES.get(tensor.dtype, -1), tensor.numel(), len(strides), *strides)
+    return torch.tensor(layouts, dtype=torch.int64)
+
+
+def _gradients_reader(backend: str) -> Callable[[Tensor, list[Tensor], Tensor], bool]:
+    if backend in ("cpu", "cuda") and backends.problem("cpu", "cpu") is None:
+        return torch.ops.czm_fused.read_gradients.default
+    return _read_gradients
+
+
+def _read_gradients(layouts: Tensor, grads: list[Tensor], addresses: Tensor) -> bool:
+    """Do what the native `read_gradients` does, where there is none."""
+    if any(grad.layout != torch.strided for grad in grads):
+        return False
+    if not torch.equal(_layouts(grads), layouts):
+        return False
+    addresses.copy_(torch.tensor(list(map(Tensor.data_ptr, grads))))
+    return True
 
 
 def _check_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -350,6 +369,11 @@ lib.impl("step_", _step, "CompositeExplicitAutograd")
 @torch.library.register_fake("czm_fused::step_", lib=lib)
 def _step_fake(*args: object, **kwargs: object) -> None:
     return None
+
+
+@torch.library.register_fake("czm_fused::read_gradients", lib=lib)
+def _read_gradients_fake(layouts: Tensor, grads: list[Tensor], addresses: Tensor) -> bool:
+    return True
 
 
 @torch.library.register_fake("czm_fused::launch_step", lib=lib)

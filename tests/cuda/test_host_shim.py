@@ -111,7 +111,8 @@ def test_hyper_parameters_are_read_where_they_live(cuda_step):
     row = [torch.tensor(value, dtype=torch.float32) for value in arguments[8][0].tolist()]
     entries = entries_from_lists(arguments[0], *arguments[2:7], [0] * len(problems))
     hyper = HyperParameters([tuple(DeviceScalar(x.data_ptr(), x) for x in row)])
-    HostStep(entries)(arguments[1], hyper, None, None)
+    addresses = torch.tensor([grad.data_ptr() for grad in arguments[1]])
+    HostStep(entries)(arguments[1], addresses, hyper, None, None)
     for problem in problems:
         # The bounds allow for hyper-parameters rounded to float32, but not in float64.
         if problem.case.dtype != torch.float64:

@@ -47,6 +47,7 @@ class TritonStep:
     def __call__(
         self,
         grads: Sequence[Tensor],
+        grad_addresses: Tensor,
         hyper_parameters: HyperParameters,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
@@ -54,7 +55,7 @@ class TritonStep:
         if self._is_capturing():
             self._captured.add(self)
         for launch in self._launches:
-            launch(grads, hyper_parameters, grad_scale, found_inf)
+            launch(grad_addresses, hyper_parameters, grad_scale, found_inf)
 
     def _is_capturing(self) -> bool:
         return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -81,14 +82,14 @@ class _Launch:
 
     def __call__(
         self,
-        grads: Sequence[Tensor],
+        grad_addresses: Tensor,
         hyper_parameters: HyperParameters,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
         rows, groups = len(self._numbers), self._groups
         words = np.zeros(rows + 2 * groups * len(GROUP_COLUMNS), dtype=np.int64)
-        words[:rows] = [grads[number].data_ptr() for number in self._numbers]
+        words[:rows] = grad_addresses.numpy()[self._numbers]
         addresses, values = np.split(words[rows:], 2)
         addresses[:] = hyper_parameters.addresses.numpy()[:groups].ravel()
         # float64 stays out of a float32 kernel, since not every device has it.

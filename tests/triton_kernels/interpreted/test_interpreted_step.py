@@ -107,8 +107,13 @@ def runner(cases):
     """The runner of the cases' tensors, their problems, and the rows of their groups."""
     problems = [Problem(case) for case in cases]
     params, grads, *state, kinds, groups, rows, _, _, _ = step_arguments(problems, "triton")
-    entries = entries_from_lists(params, *state, kinds, groups)
-    return TritonStep(entries), problems, grads, rows.tolist()
+    triton_step = TritonStep(entries_from_lists(params, *state, kinds, groups))
+
+    def step(grads, hyper_parameters):
+        addresses = torch.tensor([grad.data_ptr() for grad in grads])
+        triton_step(grads, addresses, hyper_parameters, None, None)
+
+    return step, problems, grads, rows.tolist()
 
 
 def test_hyper_parameters_on_the_device():
@@ -121,7 +126,7 @@ def test_hyper_parameters_on_the_device():
         options = {name: values[name] for name in ("lr", "momentum", "zmg", "luma")}
         problem.case = replace(problem.case, options=replace(problem.case.options, **options))
     on_device = [tuple(DeviceScalar(x.data_ptr(), x) for x in row) for row in scalars]
-    step(grads, HyperParameters(on_device), None, None)
+    step(grads, HyperParameters(on_device))
     for problem in problems:
         problem.check()
 
@@ -137,7 +142,7 @@ def test_moved_gradients_are_found():
             grad.copy_(torch.linspace(-1, 1, grad.numel()).view(grad.shape))
             problem.remember()
             problem.inputs["grad"] = grad.clone()
-        step(where, hyper_parameters, None, None)
+        step(where, hyper_parameters)
         for problem in problems:
             problem["grad"].copy_(problem.inputs["grad"])
             problem.check()
