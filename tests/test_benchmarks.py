@@ -1,4 +1,4 @@
-"""One short run of each benchmark of a training, and one with a provider that is wrong."""
+"""One short run of the benchmark of the step, and one with a provider that is wrong."""
 
 import json
 from dataclasses import replace
@@ -82,46 +82,3 @@ def test_step_throughput_counts_resnet110(step_throughput):
     assert len(shapes) == 220
     assert sum(len(shape) == 4 for shape in shapes) == 109
     assert sum(shape[0] for shape in shapes if len(shape) == 4) == 4048
-
-
-@pytest.fixture
-def batchnorm_cost(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import batchnorm_cost
-
-    return batchnorm_cost
-
-
-def test_batchnorm_cost_writes_rows_and_plots(batchnorm_cost, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    rows_file, chart = tmp_path / "rows.json", tmp_path / "chart.png"
-    arguments = ["--model", "resnet20", "--batch", "2", "--image-size", "16", "--seconds", "1e-6"]
-    assert batchnorm_cost.main([*arguments, "--json", str(rows_file), "--plot", str(chart)]) == 0
-
-    rows = json.loads(rows_file.read_text())
-    for row in rows:
-        assert list(row) == [
-            "model", "method", "device", "dtype", "batch", "metric", "value", "unit",
-        ]  # fmt: skip
-        assert row["value"] > 0
-    values = {(row["method"], row["metric"]): row["value"] for row in rows}
-    methods = {method for method, _ in values}
-    assert methods == {
-        "batchnorm", "groupnorm", "czm_plain", "czm_naive_noise", "czm_fused_noise", "floor",
-    }  # fmt: skip
-    metrics = {
-        "saved_bytes", "floor_bytes", "operators",
-        "forward", "backward", "optimizer", "step", "inference",
-    }  # fmt: skip
-    assert values.keys() == {(method, metric) for method in methods for metric in metrics}
-    # The stem's output, two activations in each of 3 x 3 units, and what the classifier takes.
-    floor = 4 * 2 * (16**3 + 6 * (16**3 + 16**3 // 2 + 16**3 // 4) + 64)
-    assert values["floor", "floor_bytes"] == values["floor", "saved_bytes"] == floor
-    assert values["czm_plain", "saved_bytes"] == floor
-    # u before each of the 9 units; naive noise keeps their inputs twice.
-    noise = 4 * 2 * (16 * 4 + 32 * 3 + 64 * 2)
-    inputs = 4 * 2 * (4 * 16**3 + 3 * 16**3 // 2 + 2 * 16**3 // 4)
-    assert values["czm_fused_noise", "saved_bytes"] == floor + noise
-    assert values["czm_naive_noise", "saved_bytes"] == floor + noise + inputs
-    assert "czm_fused_noise" in capsys.readouterr().out
-    assert chart.read_bytes().startswith(b"\x89PNG")

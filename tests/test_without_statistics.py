@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -103,3 +106,30 @@ def test_noise_is_kept_at_half_of_batch_norm_s_memory_and_at_the_floor():
     floor = 4 * batch * (stages[0] + 2 * units * sum(stages))
     assert floor <= saved <= 1.02 * floor
     assert saved <= 0.51 * with_batch_norm
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.skipif(
+    not (BENCHMARKS / "without_statistics.py").exists(), reason="no benchmarks beside the tests"
+)
+def test_an_epoch_in_micro_batches_or_in_two_processes(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this torch is built without torch.distributed, or without gloo")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import without_statistics
+
+    rows_file = tmp_path / "rows.json"
+    assert without_statistics.main(["--steps", "2", "--json", str(rows_file)]) == 0
+    values = {(row["norm"], row["what"]): row["value"] for row in json.loads(rows_file.read_text())}
+    # A gradient sums 128 images of at most 64 pixels in another order: by a random walk that moves
+    # it by sqrt(8192) eps = 1.1e-5 of its size, and the weights by that share of their way.
+    bound = 8192**0.5 * torch.finfo(torch.float32).eps
+    for part in ("accumulated", "data_parallel"):
+        assert values["czm", part] <= bound
+        assert values["bn", part] > 1e-3
+    assert values["czm", "train_eval"] == 0 < values["bn", "train_eval"]
+    assert values["czm", "single_image"] < 1
+    assert "impossible" in capsys.readouterr().out

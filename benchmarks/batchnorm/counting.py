@@ -13,8 +13,12 @@ import czm_fused.functional  # noqa: F401  (defines the operator that is named b
 
 aten = torch.ops.aten
 
-# Which argument of an operator with weights is the activation.
-_ACTIVATION = {aten.convolution.default: 0, aten.addmm.default: 1, aten.mm.default: 0}
+# The arguments of an operator with weights that its gradients need.
+_FACTORS = {
+    aten.convolution.default: (0, 1),
+    aten.addmm.default: (1, 2),
+    aten.mm.default: (0, 1),
+}
 _RELUS = (
     aten.relu.default,
     aten.relu_.default,
@@ -62,14 +66,15 @@ def floor_bytes(model: nn.Module, images: Tensor) -> int:
 
     They are the activations that a convolution or a linear layer takes, for the gradients of their
     weights, and those that a ReLU returns, for its mask; each once, as most are both, and the
-    images not at all. The factors of the noise, the indices of a max-pooling and all statistics are
-    above the floor. They are read off the operators of a forward pass, not off what autograd keeps.
+    images not at all. Under autocast, images and weights in its dtype are copies, and count. The
+    factors of the noise, the indices of a max-pooling and all statistics are above the floor. They
+    are read off the operators of a forward pass, not off what autograd keeps.
 
     Args:
         model: the network without normalisation or noise.
         images: of the shape to train with, on the device of the model.
     """
-    kept = _Storages([images])
+    kept = _Storages([*model.parameters(), images])
     with torch.no_grad(), _ArchitectureMode(kept):
         model(images)
     return kept.nbytes()
@@ -84,9 +89,9 @@ class _ArchitectureMode(TorchDispatchMode):
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None
     ) -> Any:
         result = operator(*arguments, **(keywords or {}))
-        if operator in _ACTIVATION:
-            self._kept.add(arguments[_ACTIVATION[operator]])
-        elif operator in _RELUS:
+        for index in _FACTORS.get(operator, ()):
+            self._kept.add(arguments[index])
+        if operator in _RELUS:
             self._kept.add(result)
         return result
 

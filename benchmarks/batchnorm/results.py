@@ -12,15 +12,22 @@ KEYS = ("model", "method", "device", "dtype", "batch", "metric", "value", "unit"
 
 Row = dict[str, Any]
 
-_HEADERS = {
-    "saved_bytes": "saved MB",
-    "operators": "operators",
-    "forward": "forward ms",
-    "backward": "backward ms",
-    "optimizer": "optimizer ms",
-    "step": "step ms",
-    "inference": "inference ms",
+# Of the table: what a column is called, and of how much of the row's unit.
+_COLUMNS = {
+    "saved_bytes": ("saved MB", 1e6),
+    "peak_bytes": ("peak MB", 1e6),
+    "operators": ("operators", 1),
+    "collectives": ("collectives", 1),
+    "collective_bytes": ("sent MB", 1e6),
+    "forward": ("forward ms", 1e3),
+    "backward": ("backward ms", 1e3),
+    "optimizer": ("optimizer ms", 1e3),
+    "step": ("step ms", 1e3),
+    "inference": ("inference ms", 1e3),
+    "largest_batch": ("largest batch", 1),
 }
+# Of these, the shares of BatchNorm's are columns too.
+_SHARED = ("saved_bytes", "peak_bytes", "step")
 _PHASES = ("forward", "backward", "optimizer")
 
 
@@ -33,14 +40,23 @@ def by_method(rows: Sequence[Row], model: str) -> dict[str, dict[str, float]]:
     return values
 
 
+def describe(rows: Sequence[Row], image_size: int) -> str:
+    """Say in a line what the rows of one model belong to, and its floor."""
+    row = next(row for row in rows if row["metric"] == "floor_bytes")
+    return (
+        f"{row['model']}, batch {row['batch']}, {image_size} pixels, {row['dtype']}: the "
+        f"architecture's floor is {row['value'] / 1e6:.3f} MB saved for backward"
+    )
+
+
 def table(rows: Sequence[Row], model: str) -> str:
     """Lay the values of one model out in columns, with their shares of BatchNorm's."""
     values = by_method(rows, model)
     baseline = values.get("batchnorm", {})
-    metrics = [name for name in _HEADERS if any(name in each for each in values.values())]
-    shared = [name for name in ("saved_bytes", "step") if name in baseline]
-    header = ["method", *(_HEADERS[name] for name in metrics)]
-    header += [f"{_HEADERS[name].rpartition(' ')[0]} / batchnorm" for name in shared]
+    metrics = [name for name in _COLUMNS if any(name in each for each in values.values())]
+    shared = [name for name in _SHARED if name in baseline]
+    header = ["method", *(_COLUMNS[name][0] for name in metrics)]
+    header += [f"{_COLUMNS[name][0].rpartition(' ')[0]} / batchnorm" for name in shared]
     cells = [header]
     for method, each in values.items():
         line = [method, *(_format(name, each.get(name)) for name in metrics)]
@@ -52,9 +68,10 @@ def table(rows: Sequence[Row], model: str) -> str:
 def _format(metric: str, value: float | None) -> str:
     if value is None:
         return "-"
-    if metric == "operators":
+    divisor = _COLUMNS[metric][1]
+    if divisor == 1:
         return f"{value:d}"
-    return f"{value / 1e6:.3f}" if metric == "saved_bytes" else f"{value / 1e3:.2f}"
+    return f"{value / divisor:.{3 if divisor == 1e6 else 2}f}"
 
 
 def _ratio(value: float | None, baseline: float) -> str:
@@ -62,62 +79,61 @@ def _ratio(value: float | None, baseline: float) -> str:
 
 
 def plot(rows: Sequence[Row], facts: dict[str, Any], path: Path) -> None:
-    """Draw bytes saved for backward and the times of a step, a line of panels a model, as a PNG."""
+    """Draw memory and the times of a step, a line of panels a model, as a PNG."""
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(row["model"] for row in rows))
     timed = any(row["metric"] == "step" for row in rows)
-    height = 0.9 + sum(1.2 + 0.28 * len(by_method(rows, model)) for model in models)
-    figure = Figure(figsize=(12 if timed else 7, height), layout="constrained")
-    panels = figure.subplots(len(models), 2 if timed else 1, squeeze=False)
+    height = 0.9 + sum(1.2 + 0.28 * len(_measured(rows, model)) for model in models)
+    figure = Figure(figsize=(16 if timed else 11, height), layout="constrained")
+    panels = figure.subplots(len(models), 3 if timed else 2, squeeze=False, sharey="row")
     for line, model in zip(panels, models, strict=True):
-        values = by_method(rows, model)
-        batch = next(row["batch"] for row in rows if row["model"] == model)
-        line[0].set_title(f"{model}, batch {batch}", loc="left")
-        _draw_saved(line[0], values)
+        values = _measured(rows, model)
+        row = next(row for row in rows if row["model"] == model)
+        line[0].set_title(f"{model}, batch {row['batch']}, {row['dtype']}", loc="left")
+        _draw_bytes(line[0], values, "saved_bytes", "MB saved for backward")
+        floor = next(iter(values.values()))["floor_bytes"] / 1e6
+        line[0].axvline(floor, color="0.2", linestyle="--", linewidth=1)
+        line[0].set_xlabel("MB saved for backward (dashed: floor of the architecture)")
+        _draw_bytes(line[1], values, "peak_bytes", "MB at the peak of a step")
         if timed:
-            _draw_times(line[1], values)
+            _draw_times(line[2], values)
     figure.suptitle(
         f"{facts.get('gpu', facts['cpu'])}, {facts['threads']} threads, torch {facts['torch']}, "
-        f"commit {facts['commit']}",
+        f"commit {facts['commit']}; labels: share of BatchNorm's; orange: CZM",
         fontsize="small",
     )
-    figure.savefig(path, format="png", dpi=150)
+    figure.savefig(path, format="png", dpi=110)
 
 
-def _draw_saved(axes: Any, values: dict[str, dict[str, float]]) -> None:
-    methods = list(values)[::-1]
-    megabytes = [values[method]["saved_bytes"] / 1e6 for method in methods]
-    bars = axes.barh(methods, megabytes, color=[_color(method) for method in methods])
-    _label(axes, bars, values, methods, "saved_bytes")
-    floor = next(iter(values.values()))["floor_bytes"] / 1e6
-    axes.axvline(floor, color="0.2", linestyle="--", linewidth=1, label="floor of the architecture")
-    axes.legend(fontsize="x-small", loc="lower right")
-    axes.set_xlabel("MB saved for backward (labels: share of BatchNorm's)")
-    axes.margins(x=0.15)
+def _measured(rows: Sequence[Row], model: str) -> dict[str, dict[str, float]]:
+    """Return the values by method, from the bottom of a chart up, without what is only counted."""
+    values = by_method(rows, model)
+    return {m: values[m] for m in reversed(values) if "saved_bytes" in values[m]}
+
+
+def _draw_bytes(axes: Any, values: dict[str, dict[str, float]], metric: str, title: str) -> None:
+    megabytes = [each[metric] / 1e6 for each in values.values()]
+    colors = ["C1" if method.startswith("czm") else "C0" for method in values]
+    bars = axes.barh(list(values), megabytes, color=colors)
+    _label(axes, bars, values, metric)
+    axes.set_xlabel(title)
 
 
 def _draw_times(axes: Any, values: dict[str, dict[str, float]]) -> None:
-    methods = list(values)[::-1]
-    left = [0.0] * len(methods)
-    for phase, color in zip(_PHASES, ("C0", "C9", "C3"), strict=True):
-        times = [values[method][phase] / 1e3 for method in methods]
-        bars = axes.barh(methods, times, left=left, color=color, label=phase)
+    left = [0.0] * len(values)
+    for phase, color in zip(_PHASES, ("0.35", "0.6", "0.85"), strict=True):
+        times = [each[phase] / 1e3 for each in values.values()]
+        bars = axes.barh(list(values), times, left=left, color=color, label=phase)
         left = [a + b for a, b in zip(left, times, strict=True)]
-    _label(axes, bars, values, methods, "step")
-    axes.legend(fontsize="x-small", loc="lower right")
-    axes.set_xlabel("milliseconds (medians; labels: whole step, share of BatchNorm's)")
+    _label(axes, bars, values, "step")
+    axes.legend(fontsize="x-small", loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    axes.set_xlabel("milliseconds of a step (medians)")
+
+
+def _label(axes: Any, bars: Any, values: dict[str, dict[str, float]], metric: str) -> None:
     axes.margins(x=0.15)
-
-
-def _label(
-    axes: Any, bars: Any, values: dict[str, dict[str, float]], methods: Sequence[str], metric: str
-) -> None:
     if "batchnorm" in values:
         baseline = values["batchnorm"][metric]
-        labels = [f" {values[method][metric] / baseline:.2f}" for method in methods]
+        labels = [f" {each[metric] / baseline:.2f}" for each in values.values()]
         axes.bar_label(bars, labels, padding=2, fontsize="small")
-
-
-def _color(method: str) -> str:
-    return "C1" if method.startswith("czm") else "C0"

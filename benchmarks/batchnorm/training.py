@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,39 @@ _MOST_ROUNDS = 1000
 _PHASES = ("forward", "backward", "optimizer")
 
 
+@dataclass(frozen=True)
+class Precision:
+    """How networks compute, and how images lie in memory.
+
+    Attributes:
+        autocast: "bfloat16" or "float16", or "" for float32 throughout.
+        channels_last: whether images and convolutions' weights are channels-last.
+    """
+
+    autocast: str = ""
+    channels_last: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """Of the activations, and whether the weights have it too."""
+        return f"{self.autocast} autocast" if self.autocast else "float32"
+
+    def epsilon(self, device: torch.device) -> float:
+        """Return the relative spacing of the numbers that convolutions multiply."""
+        if not self.autocast and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+            return 2.0**-10
+        return torch.finfo(getattr(torch, self.autocast or "float32")).eps
+
+    def context(self, device: torch.device) -> Any:
+        if not self.autocast:
+            return torch.autocast(device.type, enabled=False)
+        return torch.autocast(device.type, getattr(torch, self.autocast))
+
+    def lay_out(self, what: Any) -> Any:
+        """Return a module or images in the memory format."""
+        return what.to(memory_format=torch.channels_last) if self.channels_last else what
+
+
 class Training:
     """A network, its optimizer and one batch of random images, on which every step is taken.
 
@@ -26,21 +61,45 @@ class Training:
         method: one of `networks.METHODS`.
         images: `(batch, 3, size, size)`; they say which device.
         labels: `(batch,)`.
+        precision: of the forward pass.
+        backend: of `torch.compile`, for methods that are compiled.
     """
 
-    def __init__(self, model: str, method: str, images: Tensor, labels: Tensor) -> None:
+    def __init__(
+        self,
+        model: str,
+        method: str,
+        images: Tensor,
+        labels: Tensor,
+        precision: Precision,
+        backend: str = "inductor",
+    ) -> None:
         self.method = method
-        self.images, self.labels = images, labels
-        self.model = networks.build(model, method, images.shape[-1]).to(images.device)
+        self.precision = precision
+        self.images, self.labels = precision.lay_out(images), labels
+        built = networks.build(model, method, images.shape[-1]).to(images.device)
+        self.model = precision.lay_out(built)
         self.optimizer = networks.make_optimizer(self.model, method)
         if networks.METHODS[method].compiled:
-            self.model.compile()
+            # Noise from torch's generator: the gradients are to be compared with eager ones.
+            with_generator = {"fallback_random": True} if backend == "inductor" else None
+            self.model.compile(backend=backend, options=with_generator, dynamic=False)
         self._synchronize = timing.synchronizer(images.device)
         self.phases: list[tuple[float, ...]] = []
 
     def forward(self) -> Tensor:
         """Return the loss."""
-        return F.cross_entropy(self.model(self.images), self.labels)
+        with self.precision.context(self.images.device):
+            return F.cross_entropy(self.model(self.images), self.labels)
+
+    def gradients(self) -> tuple[float, Tensor]:
+        """Return the loss and all gradients in one tensor, with the noise of seed 0."""
+        torch.manual_seed(0)
+        loss = self.forward()
+        loss.backward()
+        found = [parameter.grad for parameter in self.model.parameters()]
+        self.optimizer.zero_grad()
+        return loss.item(), torch.cat([grad.flatten() for grad in found if grad is not None])
 
     def forward_backward(self) -> None:
         """Compute the gradients."""
@@ -74,7 +133,7 @@ class Training:
 
     def infer(self) -> None:
         """Run the network without a graph."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self.precision.context(self.images.device):
             self.model(self.images)
 
 
@@ -83,20 +142,21 @@ def time_all(trainings: Sequence[Training], seconds: float) -> dict[str, dict[st
 
     Args:
         trainings: what is compared.
-        seconds: for all three together; a round that has begun is finished.
+        seconds: half of it for steps, a quarter for each of the others; a round that has begun is
+            finished.
 
     Returns:
         The medians by metric and method, in microseconds.
     """
-    results = {"step": _medians(trainings, [t.step for t in trainings], seconds / 3)}
-    _medians(trainings, [t.step_in_phases for t in trainings], seconds / 3)
+    results = {"step": _medians(trainings, [t.step for t in trainings], seconds / 2)}
+    _medians(trainings, [t.step_in_phases for t in trainings], seconds / 4)
     for training in trainings:
         medians = np.median(training.phases[timing.WARM_UP_ROUNDS :], axis=0)
         for phase, median in zip(_PHASES, medians, strict=True):
             results.setdefault(phase, {})[training.method] = float(median)
     for training in trainings:
         training.model.eval()
-    results["inference"] = _medians(trainings, [t.infer for t in trainings], seconds / 3)
+    results["inference"] = _medians(trainings, [t.infer for t in trainings], seconds / 4)
     for training in trainings:
         training.model.train()
     return results
