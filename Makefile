@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/pip --disable-pip-version-check
 BUILD_INPUTS = setup.py pyproject.toml $(CONSTRAINTS) \
 	$(wildcard build_backend/*.py csrc/*.h csrc/*/*)
 
-.PHONY: train test lint gpu-check clean
+.PHONY: train test lint docs gpu-check clean
 
 train: $(VENV)/train.stamp
 	$(VENV)/bin/czm-train --out $(OUT) --overwrite
@@ -19,6 +19,9 @@ test: $(VENV)/train,dev.stamp
 lint: $(VENV)/train,dev.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/train,dev,docs.stamp
+	$(VENV)/bin/mkdocs build --strict
 
 # On a machine with a GPU and with torch, in its own Python: nothing is fetched.
 gpu-check:
@@ -35,6 +38,6 @@ $(VENV):
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info czm_fused/_C_*.so
+	rm -rf $(VENV) build dist site runs *.egg-info czm_fused/_C_*.so
 	rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
