@@ -10,7 +10,8 @@ BUILD_INPUTS = setup.py pyproject.toml $(CONSTRAINTS) \
 
 .PHONY: train test lint docs gpu-check clean
 
-train: $(VENV)/train.stamp
+# Where the development environment stands, it serves.
+train: $(firstword $(wildcard $(VENV)/train,dev.stamp) $(VENV)/train.stamp)
 	$(VENV)/bin/czm-train --out $(OUT) --overwrite
 
 test: $(VENV)/train,dev.stamp
@@ -20,7 +21,7 @@ lint: $(VENV)/train,dev.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-docs: $(VENV)/train,dev,docs.stamp
+docs: $(VENV)/train,dev.stamp
 	$(VENV)/bin/mkdocs build --strict
 
 # On a machine with a GPU and with torch, in its own Python: nothing is fetched.

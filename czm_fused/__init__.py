@@ -2,6 +2,7 @@
 
 from czm_fused import functional
 from czm_fused.convert import convert
+from czm_fused.gradient_release import GradientRelease
 from czm_fused.groups import czm_param_groups
 from czm_fused.init import czm_init_
 from czm_fused.nn import CZMBasicBlock, CZMConv1d, CZMConv2d, CZMConv3d, exp_scale
@@ -15,6 +16,7 @@ __all__ = [
     "CZMConv2d",
     "CZMConv3d",
     "FusedCZMSGD",
+    "GradientRelease",
     "__version__",
     "backends",
     "convert",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from czm_fused.init import (
 )
 from czm_fused.nn import ChannelAffine, Copy
 from czm_fused.text import format_table, shorten
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 REMOVED, FOLDED, AFFINE, LEFT = "removed", "folded", "affine", "left"
 """What `convert` does with a normalisation."""
@@ -92,7 +94,7 @@ class ConversionReport:
 
 
 def convert(
-    model: nn.Module,
+    model: _Module,
     *,
     example_input: Any = None,
     stem: nn.Module | str | None = None,
@@ -100,7 +102,7 @@ def convert(
     dry_run: bool = False,
     gain: float = GAIN,
     generator: torch.Generator | None = None,
-) -> tuple[nn.Module, ConversionReport]:
+) -> tuple[_Module, ConversionReport]:
     """Take BatchNorm out of `model` in place, put CZM in, and return the model and a report.
 
     A BatchNorm (torch's, SyncBatchNorm, timm's with its activation) goes if what it normalises is

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch.nn.utils import parametrize
 
 GAIN = 0.8
 """The norm that every filter starts with: exp(g) of the paper's section 3.1."""
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -60,12 +62,12 @@ def czm_weight_(
 
 
 def czm_init_(
-    module: nn.Module,
+    module: _Module,
     *,
     gain: float = GAIN,
     stem: nn.Module | str | None = None,
     generator: torch.Generator | None = None,
-) -> nn.Module:
+) -> _Module:
     """Initialise every convolution of `module` in place by CZMI, and return `module`.
 
     Weights as in `czm_weight_`, biases 0 (paper section 3.2). Transposed convolutions, whose

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from czm_fused import functional
 from czm_fused.init import CONVOLUTIONS, czm_weight_
 from czm_fused.ops import exp_scale as ops
 from czm_fused.ops.tracing import runs_plain_torch
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def _filter_norms(weight: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ class ExpScale(nn.Module):
         return _directions(weight, norms), torch.where(norms > 0, norms, 1).log()
 
 
-def exp_scale(conv: nn.Module) -> nn.Module:
+def exp_scale(conv: _Module) -> _Module:
     """Train V and g of a convolution as parameters of their own, and return the convolution.
 
     The explicit form of W[f] = exp(g[f]) * V[f] (paper section 3.1) for any other optimizer: a

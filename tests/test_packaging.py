@@ -178,3 +178,18 @@ def test_import_is_quiet_and_light():
     )
     imported = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (imported.returncode, imported.stdout, imported.stderr) == (0, "", "")
+
+
+def test_workflows_build_with_the_oldest_torch():
+    workflow = ROOT / ".github/workflows/wheels.yml"
+    if not workflow.exists():
+        pytest.skip("no workflows beside the tests")
+    oldest = re.search(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    text = workflow.read_text()
+    assert re.findall(r"^  TORCH: \"(.*)\"$", text, re.MULTILINE) == [oldest]
+    assert plan.version_tuple(oldest) == plan.MINIMUM_TORCH
+    assert f'torch: ["{oldest}", ' in text
+    # What they run is what can be run here.
+    commands = set(re.findall(r"\.ci/wheel (\w+)", text))
+    usage = subprocess.run([ROOT / ".ci/wheel"], capture_output=True, text=True).stderr
+    assert commands and all(f".ci/wheel {command} " in usage for command in commands)

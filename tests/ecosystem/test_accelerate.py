@@ -1,0 +1,68 @@
+"""Hugging Face Accelerate's `prepare` around FusedCZMSGD."""
+
+import pytest
+import torch
+from short_training import BATCH, assert_same, loss_of, network, optimizer_of, task, train
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+accelerate = pytest.importorskip("accelerate")
+
+
+@pytest.fixture
+def prepare():
+    """Return an accelerator, and a network, an optimizer, a loader and a schedule it prepared."""
+
+    def prepared(**options):
+        accelerator = accelerate.Accelerator(cpu=True, **options)
+        model = network()
+        optimizer = optimizer_of(model)
+        loader = DataLoader(TensorDataset(*task()), batch_size=BATCH)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 1.0)
+        return accelerator, *accelerator.prepare(model, optimizer, loader, schedule)
+
+    reset = accelerate.state.AcceleratorState._reset_state
+    reset(reset_partial_state=True)
+    yield prepared
+    reset(reset_partial_state=True)
+
+
+def epoch(accelerator, model, optimizer, loader, schedule, clip=None):
+    for images, labels in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(F.cross_entropy(model(images), labels))
+            if clip is not None and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+
+def test_training_is_the_training_by_hand(prepare):
+    accelerator, model, *rest = prepare()
+    epoch(accelerator, model, *rest)
+    epoch(accelerator, model, *rest)
+    twin = network()
+    train(twin, optimizer_of(twin), 8)
+    assert_same(accelerator.unwrap_model(model).state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize(
+    "options", [{"gradient_accumulation_steps": 2}, {"mixed_precision": "bf16"}], ids=str
+)
+def test_training_learns(prepare, options):
+    accelerator, model, *rest = prepare(**options)
+    for _ in range(8):
+        epoch(accelerator, model, *rest, clip=1.0)
+    assert loss_of(accelerator.unwrap_model(model)) < 0.5 * loss_of(network())
+
+
+def test_training_goes_on_from_a_saved_state(prepare, tmp_path):
+    accelerator, model, *rest = prepare()
+    epoch(accelerator, model, *rest)
+    accelerator.save_state(tmp_path)
+    epoch(accelerator, model, *rest)
+    expected = {name: p.clone() for name, p in model.state_dict().items()}
+    accelerator.load_state(tmp_path)
+    epoch(accelerator, model, *rest)
+    assert_same(model.state_dict(), expected)

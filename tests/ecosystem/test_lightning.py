@@ -1,0 +1,91 @@
+"""Lightning's Trainer around FusedCZMSGD."""
+
+import pytest
+import torch
+from short_training import BATCH, assert_same, batches, loss_of, network, optimizer_of, task
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+lightning = pytest.importorskip("lightning")
+
+# Lightning asks for as many workers as the machine has cores, and for its newer self.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.network = network()
+
+    def training_step(self, batch, _):
+        images, labels = batch
+        return F.cross_entropy(self.network(images), labels)
+
+    def configure_optimizers(self):
+        optimizer = optimizer_of(self.network)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@pytest.fixture
+def fit(tmp_path):
+    """Train a module for some epochs, of 4 steps each; return its trainer."""
+
+    def run(module, epochs, checkpoint=None, **options):
+        trainer = lightning.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            **options,
+        )
+        loader = DataLoader(TensorDataset(*task()), batch_size=BATCH)
+        trainer.fit(module, loader, ckpt_path=checkpoint)
+        return trainer
+
+    return run
+
+
+def by_hand(steps, clip):
+    model = network()
+    optimizer = optimizer_of(model)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
+    for images, labels in batches(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        # In the order of the groups, as Lightning sums the norm.
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(params, clip)
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def test_fit_is_the_training_by_hand(fit):
+    module = Module()
+    fit(module, 5, gradient_clip_val=0.5)
+    assert_same(module.network.state_dict(), by_hand(20, clip=0.5).state_dict())
+    assert loss_of(module.network) < 0.5 * loss_of(network())
+
+
+def test_fit_goes_on_from_a_checkpoint(fit, tmp_path):
+    module = Module()
+    fit(module, 1, gradient_clip_val=0.5).save_checkpoint(tmp_path / "saved.ckpt")
+    resumed = Module()
+    fit(resumed, 2, tmp_path / "saved.ckpt", gradient_clip_val=0.5)
+    assert_same(resumed.network.state_dict(), by_hand(8, clip=0.5).state_dict())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"precision": "bf16-mixed"}, {"precision": "bf16-true"}, {"accumulate_grad_batches": 2}],
+    ids=str,
+)
+def test_fit_learns(fit, options):
+    module = Module()
+    fit(module, 8, **options)
+    assert loss_of(module.float().network) < 0.6 * loss_of(network())

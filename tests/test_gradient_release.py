@@ -1,0 +1,175 @@
+"""GradientRelease: the step within backward, against the step after it."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_training import (
+    BACKENDS,
+    CZM,
+    PLAIN,
+    assert_equal,
+    backward,
+    network,
+    on_every_backend,
+    state_of,
+    train,
+    weights,
+)
+from torch import nn
+from torch.optim import lr_scheduler
+
+from czm_fused import FusedCZMSGD
+from czm_fused.gradient_release import GradientRelease
+
+
+def released(model, optimizer, steps, begin=0):
+    """Train without a step after backward."""
+    model.zero_grad()
+    release = GradientRelease(optimizer)
+    for seed in range(begin, begin + steps):
+        backward(model, seed)
+        assert all(p.grad is None for p in model.parameters())
+    release.remove()
+
+
+@on_every_backend
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"nesterov": True}, {"dampening": 0.5, "luma": 0.1}, {"momentum": 0.0}, PLAIN],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_in_backward_are_the_steps_after_it(dtype, options, backend):
+    model, twin = network(dtype=dtype), network(dtype=dtype)
+    optimizer = FusedCZMSGD(model.parameters(), **{**CZM, **options}, backend=backend)
+    plain = FusedCZMSGD(twin.parameters(), **{**CZM, **options}, backend=backend)
+    released(model, optimizer, 4)
+    train(twin, plain, 4)
+    assert_equal(weights(model), weights(twin))
+    assert_equal(state_of(optimizer), state_of(plain))
+    # And both ways of going on, without the hooks, and with them.
+    train(model, optimizer, 2, begin=4)
+    released(twin, plain, 2, begin=4)
+    assert_equal(weights(model), weights(twin))
+
+
+def test_groups_and_schedules_stay_the_optimizers():
+    model, twin = network(), network()
+
+    def groups(model):
+        first, second, third = model[0], model[2], model[4]
+        return [
+            {"params": first.parameters(), "zmg": 0.0},
+            {"params": second.parameters(), "lr": 0.025},
+            {"params": third.parameters(), "luma": 0.25},
+        ]
+
+    optimizer, plain = (FusedCZMSGD(groups(each), **CZM) for each in (model, twin))
+    schedules = [lr_scheduler.CosineAnnealingLR(each, 5) for each in (optimizer, plain)]
+    GradientRelease(optimizer)
+    for seed in range(4):
+        for each, which in ((model, optimizer), (twin, plain)):
+            backward(each, seed)
+            # The training loop need not change.
+            which.step()
+        for schedule in schedules:
+            schedule.step()
+        assert_equal(weights(model), weights(twin))
+    assert optimizer.param_groups[1]["lr"] == plain.param_groups[1]["lr"] < 0.025
+
+
+def test_state_is_loaded_while_gradients_are_released():
+    model, twin = network(), network()
+    plain = FusedCZMSGD(twin.parameters(), **CZM)
+    train(twin, plain, 3)
+    optimizer = FusedCZMSGD(model.parameters(), lr=7.0)
+    GradientRelease(optimizer)
+    backward(model, 0)
+    model.load_state_dict(twin.state_dict())
+    optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    for seed in range(3, 5):
+        backward(model, seed)
+        backward(twin, seed)
+        plain.step()
+    assert_equal(weights(model), weights(twin))
+    assert_equal(optimizer.state_dict()["state"], plain.state_dict()["state"])
+
+
+def test_gradients_of_one_layer_exist_at_a_time():
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(6)))
+    optimizer = FusedCZMSGD(model.parameters(), **CZM)
+    alive = []
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(p.grad is not None for p in model.parameters()))
+        )
+    GradientRelease(optimizer)
+    for _ in range(2):
+        model(torch.ones(2, 8)).sum().backward()
+    assert alive == [1] * 12
+
+
+def test_a_shared_weight_is_stepped_once():
+    weight = nn.Parameter(torch.ones(3, 2, 3, 3))
+    twin = nn.Parameter(weight.detach().clone())
+    optimizer, plain = (FusedCZMSGD([p], **CZM) for p in (weight, twin))
+    GradientRelease(optimizer)
+    x = torch.randn(1, 2, 5, 5)
+    for p in (weight, twin):
+        sum(nn.functional.conv2d(factor * x, p).square().sum() for factor in (1, 2)).backward()
+    plain.step()
+    assert torch.equal(weight, twin)
+
+
+def test_frozen_and_unused_parameters():
+    model = network()
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="parameter 0 of group 0 needs no gradient"):
+        GradientRelease(FusedCZMSGD(model.parameters(), **CZM))
+    unused = nn.Parameter(torch.ones(3))
+    before = unused.detach().clone()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = FusedCZMSGD([*trained, unused], **CZM)
+    GradientRelease(optimizer)
+    backward(model, 0)
+    assert torch.equal(unused, before) and unused not in optimizer.state
+
+
+def test_waiting_gradients_and_other_optimizers_are_refused():
+    model = network()
+    optimizer = FusedCZMSGD(model.parameters(), **CZM)
+    backward(model, 0)
+    with pytest.raises(ValueError, match="parameter 0 of group 0 has a gradient already"):
+        GradientRelease(optimizer)
+    with pytest.raises(TypeError, match="must be a FusedCZMSGD, but was a SGD"):
+        GradientRelease(torch.optim.SGD(model.parameters()))
+
+
+def test_a_grad_scaler_is_refused():
+    model = network()
+    optimizer = FusedCZMSGD(model.parameters(), **CZM, backend=BACKENDS[-1])
+    release = GradientRelease(optimizer)
+    optimizer.grad_scale = torch.tensor(2.0)
+    with pytest.raises(RuntimeError, match="a GradScaler cannot unscale them"):
+        optimizer.step()
+    release.remove()
+    optimizer.step()
+
+
+def test_benchmark_counts(monkeypatch, tmp_path):
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    if not (benchmarks / "gradient_release.py").exists():
+        pytest.skip("no benchmarks beside the tests")
+    monkeypatch.syspath_prepend(benchmarks)
+    import gradient_release
+
+    arguments = ["--model", "resnet110", "--batch", "1", "--json", str(tmp_path / "rows.json")]
+    assert gradient_release.main(arguments) == 0
+    kept, released = json.loads((tmp_path / "rows.json").read_text())
+    assert kept["gradient_bytes"] == kept["parameter_bytes"]
+    # The largest weight's, and its bias's where it has one.
+    assert released["gradient_bytes"] == 64 * 64 * 9 * 4
+    assert released["allocated_bytes"] < kept["allocated_bytes"]
