@@ -33,6 +33,7 @@ HYPER_PARAMETERS = (
     "zmg",
     "luma",
     "exp_scale",
+    "master_weights",
 )
 """What a group of `FusedCZMSGD` can set."""
 

@@ -10,14 +10,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from czm_fused import reference
+from czm_fused import reference, sharding
 from czm_fused.ops import backends
 from czm_fused.ops.table import DTYPES, GROUP_COLUMNS, hyper_parameter_row
 from czm_fused.plan import (
     OptimizerPlan,
     check_hyper_parameters,
+    has_filters,
+    kind_of,
     kinds_and_groups,
     like_param,
+    split_by_device,
     state_lists,
 )
 
@@ -59,20 +62,34 @@ class FusedCZMSGD(Optimizer):
         maximize: ascend instead of descend. Default False.
         backend: `"auto"`, `"cpu"`, `"cuda"`, `"triton"` or `"reference"`; `"auto"` obeys the
             environment variable `CZM_FUSED_BACKEND` and else takes the fastest that can run.
+        master_weights: whether bfloat16 and float16 weights keep their float32 values: the step is
+            taken with these and the parameter is their rounding, so that steps smaller than its
+            precision add up. Costs 2 bytes a weight; other dtypes are not affected. Default False.
+        capturable: whether the learning rate is kept as a float32 tensor on the parameters' device,
+            which a CUDA graph reads at every replay and a compiled step without compiling anew;
+            schedulers update it in place. Default False. Any hyper-parameter can be given as such.
+        differentiable: accepted for `torch.optim.SGD`'s sake; False.
+        foreach: accepted for `torch.optim.SGD`'s sake; None or False.
         fused: accepted for `torch.optim.SGD`'s sake; None or True.
 
-    Every group can set `lr, momentum, dampening, weight_decay, nesterov, maximize, zmg, luma` and
-    `exp_scale`. The rows of a 2-d weight are filters only in a group that itself sets `luma` or
-    `exp_scale` (its key `min_filter_dim` is then 2, else 3; `max_filter_dim` bounds them above).
+    Parameters may be DTensors, as `fully_shard` makes them: split along dimension 0 or not at all
+    where they are filters, anyhow else. Each rank steps its part, and nothing is communicated.
+
+    Every group can set `lr, momentum, dampening, weight_decay, nesterov, maximize, zmg, luma,
+    exp_scale, master_weights` and `capturable`. The rows of a 2-d weight are filters only in a
+    group that itself sets `luma` or `exp_scale` (its key `min_filter_dim` is then 2, else 3;
+    `max_filter_dim` bounds them above).
     A bare `model.parameters()` tells no transposed convolutions: their weights have three or more
     dimensions and count as filters, so use `czm_param_groups` where there are any.
 
     State of a parameter: `momentum_buffer`, of its shape, dtype and layout; for exp-scaled filters
     `log_scale` (`g`) and `log_scale_momentum_buffer`, `(out_channels,)`, float32 (float64 for
-    float64 weights). `g` starts at `log ‖W[f]‖`, so that `V` has unit norm.
+    float64 weights). `g` starts at `log ‖W[f]‖`, so that `V` has unit norm. With master weights,
+    `param_remainder`, int16: what the float32 weight is beyond the parameter. A DTensor's state are
+    DTensors of the whole shape, placed as it is.
 
     Raises:
-        ValueError: a hyper-parameter out of its range.
+        ValueError: a hyper-parameter out of its range; a DTensor that splits filters.
         TypeError: a parameter that is not real floating point.
         RuntimeError: a backend asked for by name that cannot run; a sparse gradient.
     """
@@ -94,10 +111,21 @@ class FusedCZMSGD(Optimizer):
         exp_scale: bool = True,
         maximize: bool = False,
         backend: str = "auto",
+        master_weights: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
         if fused is False:
             raise ValueError("fused=False: FusedCZMSGD is fused; use backend='reference' instead")
+        if foreach:
+            raise ValueError("foreach=True: FusedCZMSGD is fused, which is faster; leave it out")
+        if differentiable:
+            raise ValueError(
+                "differentiable=True: FusedCZMSGD steps outside autograd; use exp_scale(conv) with "
+                "torch.optim.SGD(..., differentiable=True)"
+            )
         if backend not in ("auto", *backends.BACKENDS):
             raise ValueError(
                 f"backend must be one of auto, {', '.join(backends.BACKENDS)}, but was {backend!r}"
@@ -113,6 +141,9 @@ class FusedCZMSGD(Optimizer):
             "zmg": zmg,
             "luma": luma,
             "exp_scale": exp_scale,
+            "master_weights": master_weights,
+            "capturable": capturable,
+            "differentiable": differentiable,
         }
         check_hyper_parameters(defaults)
         super().__init__(params, defaults)
@@ -132,12 +163,13 @@ class FusedCZMSGD(Optimizer):
         check_hyper_parameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
-            _check_params(self.param_groups[-1]["params"])
+            _check_params(self.param_groups[-1])
             for device in {p.device for p in self.param_groups[-1]["params"]}:
                 backends.choose(device, self.backend)
         except Exception:
             self.param_groups.pop()
             raise
+        _make_capturable(self.param_groups[-1])
         self._plan = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,6 +183,8 @@ class FusedCZMSGD(Optimizer):
             group.setdefault("max_filter_dim", None)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+            group.setdefault("capturable", False)
+            _make_capturable(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this optimizer, or of `torch.optim.SGD`, whatever backend wrote it.
@@ -162,6 +196,10 @@ class FusedCZMSGD(Optimizer):
         loaded: dict[str, Any] = {}
 
         def keep(_: Optimizer, final: dict[str, Any]) -> None:
+            for group, saved in zip(self.param_groups, final["param_groups"], strict=False):
+                for number, param in zip(saved["params"], group["params"], strict=False):
+                    for name, value in final["state"].get(number, {}).items():
+                        sharding.check_state(name, value, param)
             loaded.update(final)
 
         def restore(optimizer: Optimizer) -> None:
@@ -172,6 +210,7 @@ class FusedCZMSGD(Optimizer):
                 for name in (*self.defaults, "min_filter_dim", "max_filter_dim"):
                     if name not in saved and name in old:
                         group[name] = old[name]
+                _make_capturable(group)
                 for number, param in zip(saved["params"], group["params"], strict=True):
                     _restore_state(
                         optimizer.state.get(param), loaded["state"].get(number, {}), param
@@ -198,8 +237,8 @@ class FusedCZMSGD(Optimizer):
 
         Raises:
             ValueError: a hyper-parameter that has left its range.
-            RuntimeError: a sparse gradient, or one of another dtype or device than its parameter.
-                Nothing is updated then.
+            RuntimeError: a sparse gradient, or one of another dtype, device or placement than its
+                parameter. Nothing is updated then.
         """
         loss = None
         if closure is not None:
@@ -245,9 +284,6 @@ class FusedCZMSGD(Optimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        by_device: dict[torch.device, list[int]] = {}
-        for number, param in enumerate(params):
-            by_device.setdefault(param.device, []).append(number)
         rows = [[group[name] for name in GROUP_COLUMNS] for group in self.param_groups]
         devices = [x.device for row in rows for x in row if isinstance(x, Tensor)]
         # Numbers join the tensors that must not be waited for.
@@ -259,52 +295,69 @@ class FusedCZMSGD(Optimizer):
             ]
         )
         all_kinds, groups = kinds_and_groups(self.param_groups, self.state)
-        for numbers in by_device.values():
+        local_grads = sharding.local_grads(params, grads)
+        by_device = split_by_device(params, all_kinds, self.backend)
+        for (_, backend), numbers in by_device.items():
             kinds = [all_kinds[number] for number in numbers]
             torch.ops.czm_fused.step_(
-                [params[number] for number in numbers],
-                [grads[number] for number in numbers],
+                [sharding.local(params[number]) for number in numbers],
+                [local_grads[number] for number in numbers],
                 *state_lists([self.state[params[number]] for number in numbers], kinds),
                 kinds,
                 [groups[number] for number in numbers],
                 hyper_parameters,
-                self.backend,
+                backend,
                 grad_scale,
                 found_inf,
             )
 
 
+def _make_capturable(group: dict[str, Any]) -> None:
+    if group["capturable"] and group["params"]:
+        device = group["params"][0].device
+        lr = group["lr"]
+        if not isinstance(lr, Tensor) or lr.device != device:
+            group["lr"] = torch.as_tensor(lr, dtype=torch.float32).to(device)
+
+
 def _restore_state(
     state: dict[str, Any] | None, saved: dict[str, Any], param: Tensor
 ) -> None:
-    """Undo the cast of the log-scales to the parameter's dtype, and the saved momentum's layout."""
+    """Undo the cast of all state to the parameter's dtype, and give it the parameter's layout."""
     if state is None:
         return
     buffer = state.get("momentum_buffer")
     if buffer is None:
         state.pop("momentum_buffer", None)
     elif buffer.shape == param.shape:
-        state["momentum_buffer"] = like_param("momentum_buffer", buffer, param)
+        state["momentum_buffer"] = like_param("momentum_buffer", buffer, param, param.dtype)
+    remainder = saved.get("param_remainder")
+    if isinstance(remainder, Tensor) and remainder.shape == param.shape:
+        state["param_remainder"] = like_param("param_remainder", remainder, param, torch.int16)
     for name in _FILTER_STATE:
         if isinstance(saved.get(name), Tensor):
-            state[name] = saved[name].to(
+            values = saved[name].to(
                 device=param.device, dtype=reference.compute_dtype(param.dtype)
             )
+            state[name] = sharding.place_like(name, values, param)
 
 
-def _check_params(params: list[Tensor]) -> None:
+def _check_params(group: dict[str, Any]) -> None:
+    params: list[Tensor] = group["params"]
     for number, param in enumerate(params):
         if param.dtype not in DTYPES:
             raise TypeError(
                 f"parameter {number} is {param.dtype}; FusedCZMSGD takes "
                 f"{', '.join(str(dtype) for dtype in DTYPES)}"
             )
-        if is_traceable_wrapper_subclass(param):
+        if is_traceable_wrapper_subclass(sharding.local(param)):
             raise TypeError(
-                f"parameter {number} is a {type(param).__name__}; FusedCZMSGD takes plain tensors"
+                f"parameter {number} is a {type(sharding.local(param)).__name__}; FusedCZMSGD "
+                "takes plain tensors, and DTensors of them"
             )
         if param.layout != torch.strided:
             raise TypeError(f"parameter {number} is {param.layout}; FusedCZMSGD takes dense ones")
+        sharding.check_placements(number, param, has_filters(kind_of(param, group)))
     devices = sorted({str(param.device) for param in params})
     if len(devices) > 1:
         raise ValueError(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from czm_fused import reference
+from czm_fused import reference, sharding
 from czm_fused.ops import backends
 from czm_fused.ops.step import (
     HAS_MOMENTUM,
+    HAS_REMAINDER,
     IS_ANCHORED,
     IS_DAMPENED,
     IS_EXP_SCALED,
@@ -25,9 +29,13 @@ from czm_fused.ops.table import (
     GROUP_COLUMNS,
     DeviceScalar,
     HyperParameters,
+    is_channels_last,
+    is_dense,
     same_memory_order,
     scalar,
 )
+
+_log = logging.getLogger("czm_fused")
 
 HyperParameterRow = tuple[float | DeviceScalar, ...]
 
@@ -52,21 +60,21 @@ class OptimizerPlan:
         backend: str,
     ) -> None:
         kinds, groups = kinds_and_groups(param_groups, state)
-        numbers_of: dict[torch.device, list[int]] = {}
-        for number, param in enumerate(params):
-            numbers_of.setdefault(param.device, []).append(number)
         self._plans: list[tuple[StepPlan, list[int]]] = []
-        for device, numbers in numbers_of.items():
-            device_kinds = [kinds[number] for number in numbers]
+        for (device, its_backend), numbers in split_by_device(params, kinds, backend).items():
+            if its_backend != backend:
+                _log_gaps()
+            its_kinds = [kinds[number] for number in numbers]
             entries = entries_from_lists(
-                [params[number] for number in numbers],
-                *state_lists([state[params[number]] for number in numbers], device_kinds),
-                device_kinds,
+                [sharding.local(params[number]) for number in numbers],
+                *state_lists([state[params[number]] for number in numbers], its_kinds),
+                its_kinds,
                 [groups[number] for number in numbers],
             )
-            plan = StepPlan(entries, backends.choose(device, backend))
+            plan = StepPlan(entries, backends.choose(device, its_backend))
             self._plans.append((plan, numbers))
         self._count = len(params)
+        self._sharded = params if any(map(sharding.is_dtensor, params)) else None
         self._backend = backend
         self._filters = _filter_options(param_groups)
         self._state = [dict(values) for values in state.values()]
@@ -99,6 +107,9 @@ class OptimizerPlan:
             for row in rows:
                 check_hyper_parameters(dict(zip(GROUP_COLUMNS, row, strict=True)))
             self._set_rows(rows)
+        if self._sharded is not None:
+            params = list(map(sharding.local, params))
+            grads = list(map(sharding.local, grads))
         return (
             len(params) == self._count
             and backend == self._backend
@@ -114,12 +125,19 @@ class OptimizerPlan:
         self, grads: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """Update everything in place; all devices' gradients are checked before anything is."""
+        if self._sharded is not None:
+            grads = sharding.local_grads(self._sharded, grads)
         ordered = [plan.in_memory_order(self._of(numbers, grads)) for plan, numbers in self._plans]
         for (plan, _), plan_grads in zip(self._plans, ordered, strict=True):
             plan.run(plan_grads, self._hyper_parameters, grad_scale, found_inf)
+        if self._sharded is not None:
+            torch.autograd.graph.increment_version([sharding.local(p) for p in self._sharded])
 
     def _has_state(self, state: dict[Tensor, dict[str, Any]]) -> bool:
         present = list(state.values())
+        if self._sharded is not None:
+            # Ranks must not ask one another whether two DTensors are equal.
+            return _identities(present) == _identities(self._state)
         try:
             # Identical tensors are not compared; others cannot be told equal, and raise.
             if present != self._state:
@@ -138,6 +156,37 @@ class OptimizerPlan:
         self._hyper_parameters = HyperParameters(rows)
 
 
+def _identities(states: Iterable[dict[str, Any]]) -> list[dict[str, int]]:
+    return [{name: id(value) for name, value in values.items()} for values in states]
+
+
+def split_by_device(
+    params: list[Tensor], kinds: list[int], backend: str
+) -> dict[tuple[torch.device, str], list[int]]:
+    """Return which parameters a device steps at once, and by what backend.
+
+    It is the backend asked for, but `auto` leaves memory that no kernel walks to the reference.
+    """
+    chosen = os.environ.get(backends.ENVIRONMENT_VARIABLE, "auto") if backend == "auto" else backend
+    numbers: dict[tuple[torch.device, str], list[int]] = {}
+    for number, (param, kind) in enumerate(zip(params, kinds, strict=True)):
+        part = sharding.local(param)
+        walkable = part.is_contiguous() or (
+            is_channels_last(part) if has_filters(kind) else is_dense(part)
+        )
+        its_backend = "reference" if chosen == "auto" and not walkable else backend
+        numbers.setdefault((param.device, its_backend), []).append(number)
+    return numbers
+
+
+@functools.cache
+def _log_gaps() -> None:
+    _log.warning(
+        "parameters that do not fill their memory, as slices do, are stepped by the backend "
+        "reference, one by one; make them contiguous to have them fused"
+    )
+
+
 def kinds_and_groups(
     param_groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]
 ) -> tuple[list[int], list[int]]:
@@ -145,10 +194,11 @@ def kinds_and_groups(
     kinds: list[int] = []
     groups: list[int] = []
     for number, group in enumerate(param_groups):
-        for param in group["params"]:
+        for index, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
-            kind = _kind(param, group)
+            kind = kind_of(param, group)
+            sharding.check_placements(index, param, has_filters(kind))
             _init_state(state[param], param, kind)
             kinds.append(kind)
             groups.append(number)
@@ -172,6 +222,7 @@ def _filter_options(param_groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]
             group["exp_scale"],
             group["min_filter_dim"],
             group["max_filter_dim"],
+            group["master_weights"],
             len(group["params"]),
         )
         for group in param_groups
@@ -187,7 +238,13 @@ def _is_on_device(value: object) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
-def _kind(param: Tensor, group: dict[str, Any]) -> int:
+def has_filters(kind: int) -> bool:
+    """Whether a tensor of this kind is stepped filter by filter."""
+    return kind & (IS_EXP_SCALED | IS_ZERO_MEAN | IS_ANCHORED) != 0
+
+
+def kind_of(param: Tensor, group: dict[str, Any]) -> int:
+    """Return the bits of what `group` makes of one of its parameters."""
     most = group["max_filter_dim"]
     is_filter = param.dim() >= group["min_filter_dim"] and (most is None or param.dim() <= most)
     has_momentum = _is_on(group["momentum"])
@@ -200,6 +257,8 @@ def _kind(param: Tensor, group: dict[str, Any]) -> int:
         kind |= IS_ANCHORED
     if has_momentum and _is_on(group["dampening"]):
         kind |= IS_DAMPENED
+    if group["master_weights"] and param.dtype.itemsize == 2:
+        kind |= HAS_REMAINDER
     return kind
 
 
@@ -215,43 +274,59 @@ def _init_state(state: dict[str, Any], param: Tensor, kind: int) -> None:
         state["step"] = torch.ones((), dtype=torch.float32, device=param.device)
     if kind & IS_EXP_SCALED:
         if "log_scale" not in state:
-            state["log_scale"] = reference.initial_log_scale(param.detach())
+            log_scale = reference.initial_log_scale(sharding.local(param).detach())
+            state["log_scale"] = sharding.per_filter(log_scale, param)
         if kind & HAS_MOMENTUM and "log_scale_momentum_buffer" not in state:
             state["log_scale_momentum_buffer"] = torch.zeros_like(state["log_scale"], dtype=real)
+    if kind & HAS_REMAINDER and "param_remainder" not in state:
+        state["param_remainder"] = torch.zeros_like(
+            param, dtype=torch.int16, memory_format=torch.preserve_format
+        )
     for name, bits in STATE_BITS.items():
         if kind & bits != bits:
             continue
         if name == "momentum_buffer":
-            state[name] = like_param(name, state[name], param)
+            state[name] = like_param(name, state[name], param, param.dtype)
+        elif name == "param_remainder":
+            state[name] = like_param(name, state[name], param, torch.int16)
+        elif name == "step":
+            # torch loads a count of steps that is a number, too.
+            state[name] = torch.as_tensor(state[name], dtype=torch.float32, device=param.device)
         else:
-            dtype = torch.float32 if name == "step" else real
-            state[name] = state[name].to(device=param.device, dtype=dtype).contiguous()
+            values = state[name].to(device=param.device, dtype=real).contiguous()
+            state[name] = sharding.place_like(name, values, param)
 
 
-def like_param(name: str, tensor: Tensor, param: Tensor) -> Tensor:
+def like_param(name: str, tensor: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return state `name` as `dtype`, where its parameter is and laid out as it."""
     if tensor.shape != param.shape:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, but its parameter {tuple(param.shape)}; "
             f"delete it from the optimizer's state to begin anew"
         )
+    tensor = sharding.place_like(name, tensor, param)
     if (
-        tensor.dtype == param.dtype
+        tensor.dtype == dtype
         and tensor.device == param.device
-        and same_memory_order(tensor, param)
+        and same_memory_order(sharding.local(tensor), sharding.local(param))
     ):
         return tensor
-    return torch.empty_like(param).copy_(tensor)
+    return torch.empty_like(param, dtype=dtype).copy_(tensor)
 
 
 def state_lists(
     states: list[dict[str, Any]], kinds: list[int]
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Gather state in the order of `czm_fused::step_`'s lists."""
-    momentum, log_scales, log_scale_momentum, steps = (
-        [state[name] for state, kind in zip(states, kinds, strict=True) if kind & bits == bits]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Gather state, this rank's part of it, in the order of `czm_fused::step_`'s lists."""
+    momentum, log_scales, log_scale_momentum, steps, remainders = (
+        [
+            sharding.local(state[name])
+            for state, kind in zip(states, kinds, strict=True)
+            if kind & bits == bits
+        ]
         for name, bits in STATE_BITS.items()
     )
-    return momentum, log_scales, log_scale_momentum, steps
+    return momentum, log_scales, log_scale_momentum, steps, remainders
 
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {

@@ -47,12 +47,37 @@ def subtract_spatial_mean(grad: Tensor, zmg: float | Tensor) -> Tensor:
     return grad - zmg * grad.mean(dim=tuple(range(2, grad.dim())), keepdim=True)
 
 
+def exact_param(param: Tensor, remainder: Tensor) -> Tensor:
+    """Return the float32 weights that `set_param_` has split.
+
+    Args:
+        param: bfloat16 or float16.
+        remainder: int16, of the same shape.
+    """
+    return (param.to(torch.float32).view(torch.int32) + remainder).view(torch.float32)
+
+
+def set_param_(param: Tensor, weight: Tensor, remainder: Tensor | None = None) -> None:
+    """Round `weight` to `param`, and keep in `remainder` what `exact_param` needs to undo it.
+
+    The remainder is the distance between the bits of the two as float32, so parameter and remainder
+    together are the float32 weight, but where the distance exceeds an int16: one unit in the last
+    place is lost where a tie rounds down, and float16 below 2**-17 has only its own precision.
+    """
+    param.copy_(weight)
+    if remainder is not None:
+        exact, rounded = (x.to(torch.float32).view(torch.int32) for x in (weight, param))
+        # As in C, where the difference wraps around: the halves of NaN have different signs.
+        remainder.copy_((exact - rounded).clamp(-(2**15), 2**15 - 1))
+
+
 def step_(
     param: Tensor,
     grad: Tensor,
     momentum_buffer: Tensor | None,
     log_scale: Tensor | None = None,
     log_scale_momentum_buffer: Tensor | None = None,
+    param_remainder: Tensor | None = None,
     *,
     lr: float | Tensor,
     momentum: float | Tensor = 0.0,
@@ -80,9 +105,12 @@ def step_(
         momentum_buffer: `m`, of the same shape, or None without momentum.
         log_scale: `g`, `(out_channels,)`, or None for filters that are not exp-scaled.
         log_scale_momentum_buffer: `mg`, `(out_channels,)`, or None.
+        param_remainder: what `W` is in float32 beyond `param`, of its shape, int16, or None.
     """
     dtype = compute_dtype(param.dtype)
     weight, dweight = param.to(dtype), grad.to(dtype)
+    if param_remainder is not None:
+        weight = exact_param(param, param_remainder)
     if maximize:
         dweight = -dweight
 
@@ -110,7 +138,7 @@ def step_(
     direction = direction - lr * step
     if log_scale is not None:
         direction = _per_filter(log_scale.exp(), direction) * direction
-    param.copy_(direction)
+    set_param_(param, direction, param_remainder)
 
 
 def _nonzero(value: float | Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""FusedCZMSGD's state saved, loaded and copied; GradScaler; torch.compile."""
+"""FusedCZMSGD's state saved, loaded and copied; GradScaler."""
 
 import copy
 import io
@@ -19,7 +19,6 @@ from small_training import (
 )
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import lr_scheduler
 
 from czm_fused import FusedCZMSGD, reference
 from czm_fused.ops.table import same_memory_order
@@ -265,71 +264,3 @@ def test_grad_scaler_with_half_parameters(backend):
         optimizer.step()
         plain.step()
         assert_equal(weights(model), weights(twin))
-
-
-# --- torch.compile --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("options", [{}, {"dampening": 0.5, "weight_decay": 0.1}])
-@pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-def test_step_compiles_once_under_a_scheduler(options, compiler):
-    if compiler == "inductor" and options:
-        pytest.skip("Inductor is tried once")
-    model, twin = network(), network()
-    lr = torch.tensor(0.1, dtype=torch.float64)
-    optimizer = FusedCZMSGD(model.parameters(), lr=lr, momentum=0.9, **options)
-    plain = FusedCZMSGD(twin.parameters(), lr=0.1, momentum=0.9, **options)
-    # The first step creates state, and is no part of what recurs.
-    train(model, optimizer, 1)
-    train(twin, plain, 1)
-    # Before the scheduler: it wraps `step` in a function that Dynamo refuses to trace.
-    compiled = torch.compile(optimizer.step, fullgraph=True, backend=compiler)
-    schedules = [lr_scheduler.ExponentialLR(o, 0.5) for o in (optimizer, plain)]
-    for seed in range(1, 6):
-        backward(model, seed)
-        with torch.compiler.set_stance("default" if seed == 1 else "fail_on_recompile"):
-            compiled()
-        backward(twin, seed)
-        plain.step()
-        for schedule in schedules:
-            schedule.step()
-        for a, b in zip(weights(model), weights(twin), strict=True):
-            assert torch.equal(a, b)
-        assert_equal(state_of(optimizer), state_of(plain))
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_compiled_step_creates_missing_state():
-    model, twin = network(), network()
-    optimizer = FusedCZMSGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.9)
-    plain = FusedCZMSGD(twin.parameters(), lr=float(torch.tensor(0.1)), momentum=0.9)
-    compiled = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
-    for seed in range(3):
-        backward(model, seed)
-        compiled()
-        backward(twin, seed)
-        plain.step()
-    assert_equal(weights(model), weights(twin))
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_compiled_step_after_eager_steps_and_back():
-    model, twin = network(), network()
-    optimizer = FusedCZMSGD(model.parameters(), lr=torch.tensor(0.125), momentum=0.9)
-    plain = FusedCZMSGD(twin.parameters(), lr=0.125, momentum=0.9)
-    compiled = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
-    for seed, step in enumerate((optimizer.step, compiled, optimizer.step, compiled)):
-        backward(model, seed)
-        step()
-        backward(twin, seed)
-        plain.step()
-    assert_equal(weights(model), weights(twin))

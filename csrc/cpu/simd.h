@@ -172,6 +172,22 @@ inline void store(Float16* p, VectorF v) {
 #endif
 }
 
+typedef int16_t Int16s __attribute__((vector_size(CZM_VECTOR_BYTES / 2)));
+typedef int32_t Int32s __attribute__((vector_size(CZM_VECTOR_BYTES)));
+
+// As in remainder.h.
+inline VectorF add_remainder(VectorF param, const int16_t* remainder) {
+  return (VectorF)((Int32s)param +
+                   __builtin_convertvector(load_as<Int16s>(remainder), Int32s));
+}
+
+inline void store_remainder(int16_t* to, VectorF weight, VectorF param) {
+  Int32s apart = (Int32s)((Bits32s)weight - (Bits32s)param);
+  const Int32s above = apart > INT16_MAX, below = apart < INT16_MIN;
+  apart = (above & INT16_MAX) | (below & INT16_MIN) | (~(above | below) & apart);
+  store_as(to, __builtin_convertvector(apart, Int16s));
+}
+
 // The first `count` lanes; the others are zero. The kernel's tails are short and rare.
 template <class Stored>
 inline Vector<typename Arithmetic<Stored>::type> load_first(const Stored* p, int64_t count) {

@@ -9,6 +9,7 @@
 #include "../step_table.h"
 #include "simd.h"
 
+#include "../remainder.h"
 #include "../update_rule.h"
 
 namespace czm {
@@ -31,15 +32,58 @@ template <class Stored> struct Filter {
   using Real = typename Arithmetic<Stored>::type;
   Stored* weight;
   const Stored* grad;
-  Stored* momentum;  // null without momentum
+  Stored* momentum;    // null without momentum
+  int16_t* remainder;  // null if `weight` is all there is of the weights
   int64_t numel;
   int64_t prefetch;  // weights from here to the next thing to fetch
 
   Filter from(int64_t offset) const {
-    return {weight + offset, grad + offset, momentum ? momentum + offset : nullptr, numel - offset,
+    return {weight + offset,
+            grad + offset,
+            momentum ? momentum + offset : nullptr,
+            remainder ? remainder + offset : nullptr,
+            numel - offset,
             prefetch};
   }
 };
+
+template <class Stored>
+inline Vector<typename Arithmetic<Stored>::type> load_weight(const Filter<Stored>& filter,
+                                                             int64_t i) {
+  const auto param = load(filter.weight + i);
+  if constexpr (sizeof(Stored) == 2) {
+    if (filter.remainder) return add_remainder(param, filter.remainder + i);
+  }
+  return param;
+}
+
+template <class Stored>
+inline Vector<typename Arithmetic<Stored>::type> load_first_weight(const Filter<Stored>& filter,
+                                                                   int64_t i, int64_t count) {
+  auto weight = load_first(filter.weight + i, count);
+  if constexpr (sizeof(Stored) == 2) {
+    for (int64_t k = 0; filter.remainder && k < count; ++k)
+      weight[k] = add_remainder(weight[k], filter.remainder[i + k]);
+  }
+  return weight;
+}
+
+template <class Stored, class T>
+inline void store_weight(const Filter<Stored>& filter, int64_t i, T weight) {
+  store(filter.weight + i, weight);
+  if constexpr (sizeof(Stored) == 2) {
+    if (filter.remainder) store_remainder(filter.remainder + i, weight, load(filter.weight + i));
+  }
+}
+
+template <class Stored, class T>
+inline void store_first_weight(const Filter<Stored>& filter, int64_t i, T weight, int64_t count) {
+  store_first(filter.weight + i, weight, count);
+  if constexpr (sizeof(Stored) == 2) {
+    for (int64_t k = 0; filter.remainder && k < count; ++k)
+      filter.remainder[i + k] = remainder_of(weight[k], to_real(filter.weight[i + k]));
+  }
+}
 
 template <class Real> struct Reductions {
   Real weight_weight;
@@ -57,18 +101,18 @@ Reductions<typename Arithmetic<Stored>::type> reduce(const Filter<Stored>& filte
     int64_t i = begin;
     for (; i + 4 * lanes <= end; i += 4 * lanes) {
       for (int k = 0; k < 4; ++k) {
-        const Vector<Real> w = load(filter.weight + i + k * lanes);
+        const Vector<Real> w = load_weight(filter, i + k * lanes);
         ww[k] = multiply_add(w, w, ww[k]);
         gw[k] = multiply_add(load(filter.grad + i + k * lanes), w, gw[k]);
       }
     }
     for (; i + lanes <= end; i += lanes) {
-      const Vector<Real> w = load(filter.weight + i);
+      const Vector<Real> w = load_weight(filter, i);
       ww[0] = multiply_add(w, w, ww[0]);
       gw[0] = multiply_add(load(filter.grad + i), w, gw[0]);
     }
     if (i < end) {
-      const Vector<Real> w = load_first(filter.weight + i, end - i);
+      const Vector<Real> w = load_first_weight(filter, i, end - i);
       ww[1] = multiply_add(w, w, ww[1]);
       gw[1] = multiply_add(load_first(filter.grad + i, end - i), w, gw[1]);
     }
@@ -89,33 +133,33 @@ inline void prefetch(const Filter<Stored>& filter, int64_t i) {
 template <class Stored, class T>
 inline void update_vector(const Filter<Stored>& filter, int64_t i, const FilterRule<T>& rule, T grad,
                           T removed) {
-  T weight = load(filter.weight + i);
+  T weight = load_weight(filter, i);
   T momentum = filter.momentum ? load(filter.momentum + i) : T{};
   update_weight(rule, grad, removed, weight, momentum);
-  store(filter.weight + i, weight);
+  store_weight(filter, i, weight);
   if (filter.momentum) store(filter.momentum + i, momentum);
 }
 
 template <class Stored, class T>
 inline T grad_vector(const Filter<Stored>& filter, int64_t i, const FilterRule<T>& rule) {
-  return direction_grad(rule, load(filter.grad + i), load(filter.weight + i));
+  return direction_grad(rule, load(filter.grad + i), load_weight(filter, i));
 }
 
 template <class Stored, class T>
 inline T first_of_grad_vector(const Filter<Stored>& filter, int64_t i, const FilterRule<T>& rule,
                               int64_t count) {
   return direction_grad(rule, load_first(filter.grad + i, count),
-                        load_first(filter.weight + i, count));
+                        load_first_weight(filter, i, count));
 }
 
 template <class Stored, class T>
 inline void update_first_of_vector(const Filter<Stored>& filter, int64_t i,
                                    const FilterRule<T>& rule, T removed, int64_t count) {
   const T grad = first_of_grad_vector(filter, i, rule, count);
-  T weight = load_first(filter.weight + i, count);
+  T weight = load_first_weight(filter, i, count);
   T momentum = filter.momentum ? load_first(filter.momentum + i, count) : T{};
   update_weight(rule, grad, removed, weight, momentum);
-  store_first(filter.weight + i, weight, count);
+  store_first_weight(filter, i, weight, count);
   if (filter.momentum) store_first(filter.momentum + i, momentum, count);
 }
 
@@ -252,8 +296,11 @@ void step_tensor(const TensorRow& row, int64_t grad, const GroupRow& group, doub
   const auto hyper = hyper_parameters<Real>(row, group, inverse_scale);
   const int64_t least_prefetch = kPrefetchBytes / int64_t(sizeof(Stored));
   const Filter<Stored> tensor{
-      reinterpret_cast<Stored*>(row.param), reinterpret_cast<const Stored*>(grad),
-      reinterpret_cast<Stored*>(row.momentum_buffer), row.numel,
+      reinterpret_cast<Stored*>(row.param),
+      reinterpret_cast<const Stored*>(grad),
+      reinterpret_cast<Stored*>(row.momentum_buffer),
+      reinterpret_cast<int16_t*>(row.param_remainder),
+      row.numel,
       row.filter_numel > least_prefetch ? row.filter_numel : least_prefetch};
   for (int64_t number = first_filter; number < last_filter; ++number) {
     Filter<Stored> filter = tensor.from(number * row.filter_numel);

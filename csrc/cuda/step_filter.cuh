@@ -4,6 +4,7 @@
 // way before the first sum. A larger one is streamed, and read again for its update.
 #pragma once
 
+#include "../remainder.h"
 #include "../update_rule.h"
 #include "channel_sums.cuh"
 #include "numbers.cuh"
@@ -19,22 +20,64 @@ template <class Stored> constexpr int kHeld = kPacks<Stored> * kWidest<Stored>;
 template <class Stored> struct Filter {
   Stored* weight;
   const Stored* grad;
-  Stored* momentum;  // null without momentum
+  Stored* momentum;    // null without momentum
+  int16_t* remainder;  // null if `weight` is all there is of the weights
   int64_t numel;     // 0 for a team without a filter
   int64_t distance;  // from one filter of the tensor to the next
   int64_t taps;      // 1 if CZMG has nothing to do
   bool channels_last;
 };
 
+template <class Stored>
+__device__ __forceinline__ bool is_aligned(const Filter<Stored>& filter) {
+  return are_aligned(filter.weight, filter.grad, filter.momentum, filter.remainder);
+}
+
+template <class Stored, int size>
+__device__ __forceinline__ Pack<Real<Stored>, size> to_reals(const Pack<Stored, size>& pack) {
+  Pack<Real<Stored>, size> result;
+#pragma unroll
+  for (int j = 0; j < size; ++j) result.values[j] = to_real(pack.values[j]);
+  return result;
+}
+
+template <class Stored, int size>
+__device__ __forceinline__ Pack<Stored, size> from_reals(const Pack<Real<Stored>, size>& pack) {
+  Pack<Stored, size> result;
+#pragma unroll
+  for (int j = 0; j < size; ++j) result.values[j] = from_real<Stored>(pack.values[j]);
+  return result;
+}
+
+template <int size>
+__device__ __forceinline__ void add_remainders(Pack<float, size>& weight,
+                                               const Pack<int16_t, size>& remainder) {
+#pragma unroll
+  for (int j = 0; j < size; ++j) {
+    weight.values[j] = add_remainder(weight.values[j], remainder.values[j]);
+  }
+}
+
+template <class Stored, int size>
+__device__ __forceinline__ Pack<int16_t, size> remainders_of(const Pack<float, size>& weight,
+                                                             const Pack<Stored, size>& param) {
+  Pack<int16_t, size> result;
+#pragma unroll
+  for (int j = 0; j < size; ++j) {
+    result.values[j] = remainder_of(weight.values[j], to_real(param.values[j]));
+  }
+  return result;
+}
+
 template <class Stored, int size>
 __device__ __forceinline__ Pack<Real<Stored>, size> direction_grads(
     const FilterRule<Real<Stored>>& rule, const Pack<Stored, size>& grad,
-    const Pack<Stored, size>& weight) {
+    const Pack<Real<Stored>, size>& weight) {
   Pack<Real<Stored>, size> result;
 #pragma unroll
   for (int j = 0; j < size; ++j) {
-    result.values[j] = direction_grad<Real<Stored>>(rule, to_real(grad.values[j]),
-                                                    to_real(weight.values[j]));
+    result.values[j] =
+        direction_grad<Real<Stored>>(rule, to_real(grad.values[j]), weight.values[j]);
   }
   return result;
 }
@@ -53,11 +96,11 @@ __device__ __forceinline__ void store_shared(T* to, const Pack<T, size>& pack) {
 
 template <class Stored, int size>
 __device__ __forceinline__ void add_products(Real<Stored> (&sums)[2],
-                                             const Pack<Stored, size>& weight,
+                                             const Pack<Real<Stored>, size>& weight,
                                              const Pack<Stored, size>& grad) {
 #pragma unroll
   for (int j = 0; j < size; ++j) {
-    const Real<Stored> w = to_real(weight.values[j]);
+    const Real<Stored> w = weight.values[j];
     sums[0] = multiply_add(w, w, sums[0]);
     sums[1] = multiply_add(Real<Stored>(to_real(grad.values[j])), w, sums[1]);
   }
@@ -66,15 +109,14 @@ __device__ __forceinline__ void add_products(Real<Stored> (&sums)[2],
 // `removed(j)` is what CZMG takes from the gradient of weight j of the pack.
 template <class Stored, int size, class Removed>
 __device__ __forceinline__ void update_pack(const FilterRule<Real<Stored>>& rule,
-                                            Pack<Stored, size>& weight,
+                                            Pack<Real<Stored>, size>& weight,
                                             const Pack<Stored, size>& grad,
                                             Pack<Stored, size>& momentum, const Removed& removed) {
   const Pack<Real<Stored>, size> dv = direction_grads(rule, grad, weight);
 #pragma unroll
   for (int j = 0; j < size; ++j) {
-    Real<Stored> w = to_real(weight.values[j]), m = to_real(momentum.values[j]);
-    update_weight<Real<Stored>>(rule, dv.values[j], removed(j), w, m);
-    weight.values[j] = from_real<Stored>(w);
+    Real<Stored> m = to_real(momentum.values[j]);
+    update_weight<Real<Stored>>(rule, dv.values[j], removed(j), weight.values[j], m);
     momentum.values[j] = from_real<Stored>(m);
   }
 }
@@ -91,8 +133,8 @@ template <class Stored> class HeldFilter {
         team_(team),
         // A team without a filter decides as its neighbours do: they meet at the same barriers.
         is_direct_(filter.numel % kSize == 0 && filter.distance % kSize == 0 &&
-                   are_aligned(filter.weight, filter.grad, filter.momentum)) {
-    load(weight_, filter.weight);
+                   is_aligned(filter)) {
+    load_weight();
     load(grad_, filter.grad);
     load(momentum_, filter.momentum);
   }
@@ -118,13 +160,13 @@ template <class Stored> class HeldFilter {
       tile.sum_over_taps(shared_, team_);
       update_removing(rule, [&](int i) { return rule.mean * shared_[tile.place_of_sum(i)]; });
     }
-    store(filter_.weight, weight_);
+    store_weight();
     if (filter_.momentum) store(filter_.momentum, momentum_);
   }
 
  private:
   static constexpr int kSize = kWidest<Stored>;
-  using Packs = Pack<Stored, kSize>[kPacks<Stored>];
+  template <class Element> using Packs = Pack<Element, kSize>[kPacks<Stored>];
 
   __device__ __forceinline__ int first(int k) const {
     return (k * team_.size + team_.rank) * kSize;
@@ -142,7 +184,36 @@ template <class Stored> class HeldFilter {
     }
   }
 
-  __device__ __forceinline__ void load(Packs& packs, const Stored* from) const {
+  __device__ __forceinline__ void load_weight() {
+    Packs<Stored> param;
+    load(param, filter_.weight);
+#pragma unroll
+    for (int k = 0; k < kPacks<Stored>; ++k) weight_[k] = to_reals(param[k]);
+    if constexpr (sizeof(Stored) == 2) {
+      if (!filter_.remainder) return;
+      Packs<int16_t> remainder;
+      load(remainder, filter_.remainder);
+#pragma unroll
+      for (int k = 0; k < kPacks<Stored>; ++k) add_remainders(weight_[k], remainder[k]);
+    }
+  }
+
+  __device__ __forceinline__ void store_weight() const {
+    Packs<Stored> param;
+#pragma unroll
+    for (int k = 0; k < kPacks<Stored>; ++k) param[k] = from_reals<Stored>(weight_[k]);
+    store(filter_.weight, param);
+    if constexpr (sizeof(Stored) == 2) {
+      if (!filter_.remainder) return;
+      Packs<int16_t> remainder;
+#pragma unroll
+      for (int k = 0; k < kPacks<Stored>; ++k) remainder[k] = remainders_of(weight_[k], param[k]);
+      store(filter_.remainder, remainder);
+    }
+  }
+
+  template <class Element>
+  __device__ __forceinline__ void load(Packs<Element>& packs, const Element* from) const {
     if (is_direct_ || !from) {
 #pragma unroll
       for (int k = 0; k < kPacks<Stored>; ++k) {
@@ -151,9 +222,9 @@ template <class Stored> class HeldFilter {
       }
       return;
     }
-    Stored* const staged = reinterpret_cast<Stored*>(shared_);
+    Element* const staged = reinterpret_cast<Element*>(shared_);
     for (int i = team_.rank; i < team_.size * kHeld<Stored>; i += team_.size) {
-      staged[i] = i < filter_.numel ? *in_global(from + i) : Stored{};
+      staged[i] = i < filter_.numel ? *in_global(from + i) : Element{};
     }
     team_.sync();
 #pragma unroll
@@ -161,7 +232,8 @@ template <class Stored> class HeldFilter {
     team_.sync();
   }
 
-  __device__ __forceinline__ void store(Stored* to, const Packs& packs) const {
+  template <class Element>
+  __device__ __forceinline__ void store(Element* to, const Packs<Element>& packs) const {
     if (is_direct_) {
 #pragma unroll
       for (int k = 0; k < kPacks<Stored>; ++k) {
@@ -169,7 +241,7 @@ template <class Stored> class HeldFilter {
       }
       return;
     }
-    Stored* const staged = reinterpret_cast<Stored*>(shared_);
+    Element* const staged = reinterpret_cast<Element*>(shared_);
     team_.sync();
 #pragma unroll
     for (int k = 0; k < kPacks<Stored>; ++k) store_pack(staged + first(k), packs[k]);
@@ -181,7 +253,8 @@ template <class Stored> class HeldFilter {
   T* const shared_;
   const Team& team_;
   const bool is_direct_;
-  Packs weight_, grad_, momentum_;
+  Packs<T> weight_;
+  Packs<Stored> grad_, momentum_;
 };
 
 // A filter too large for the registers of its team, in packs of `size` weights.
@@ -198,8 +271,7 @@ template <class Stored, int size> class StreamedFilter {
 #pragma unroll 4
     for (int64_t i = team_.rank * size; i < filter_.numel; i += team_.size * size) {
       T products[2] = {};
-      add_products(products, load_global<size>(filter_.weight + i),
-                   load_global<size>(filter_.grad + i));
+      add_products(products, load_weight(i), load_global<size>(filter_.grad + i));
       totals[0] += products[0];
       totals[1] += products[1];
     }
@@ -227,7 +299,7 @@ template <class Stored, int size> class StreamedFilter {
     for (int i = team_.rank * size; i < tile.weights(); i += team_.size * size) {
       const int64_t at = place(i);
       store_shared(shared_ + i, direction_grads(rule, load_global<size>(filter_.grad + at),
-                                                load_global<size>(filter_.weight + at)));
+                                                load_weight(at)));
     }
     tile.sum_over_taps(shared_, team_);
     for (int i = team_.rank * size; i < tile.weights(); i += team_.size * size) {
@@ -244,8 +316,7 @@ template <class Stored, int size> class StreamedFilter {
     double total = 0;
     for (int64_t tap = team_.rank; tap < filter_.taps; tap += team_.size) {
       const int64_t i = begin + tap * stride;
-      total += direction_grads(rule, load_global<1>(filter_.grad + i),
-                               load_global<1>(filter_.weight + i)).values[0];
+      total += direction_grads(rule, load_global<1>(filter_.grad + i), load_weight(i)).values[0];
     }
     T sum[1] = {T(total)};
     // Until here, threads may be reading the sums before this one.
@@ -255,15 +326,31 @@ template <class Stored, int size> class StreamedFilter {
   }
 
  private:
+  __device__ __forceinline__ Pack<T, size> load_weight(int64_t i) const {
+    Pack<T, size> weight = to_reals(load_global<size>(filter_.weight + i));
+    if constexpr (sizeof(Stored) == 2) {
+      if (filter_.remainder) add_remainders(weight, load_global<size>(filter_.remainder + i));
+    }
+    return weight;
+  }
+
+  __device__ __forceinline__ void store_weight(int64_t i, const Pack<T, size>& weight) const {
+    const Pack<Stored, size> param = from_reals<Stored>(weight);
+    store_global(filter_.weight + i, param);
+    if constexpr (sizeof(Stored) == 2) {
+      if (filter_.remainder) store_global(filter_.remainder + i, remainders_of(weight, param));
+    }
+  }
+
   template <class Removed>
   __device__ __forceinline__ void update_at(const FilterRule<T>& rule, int64_t i,
                                             const Removed& removed) const {
-    Pack<Stored, size> weight = load_global<size>(filter_.weight + i);
+    Pack<T, size> weight = load_weight(i);
     const Pack<Stored, size> grad = load_global<size>(filter_.grad + i);
     Pack<Stored, size> momentum{};
     if (filter_.momentum) momentum = load_global<size>(filter_.momentum + i);
     update_pack(rule, weight, grad, momentum, removed);
-    store_global(filter_.weight + i, weight);
+    store_weight(i, weight);
     if (filter_.momentum) store_global(filter_.momentum + i, momentum);
   }
 

@@ -148,7 +148,7 @@ __device__ __forceinline__ void update_held(const Filter<Stored>& filter, const 
 template <class Stored>
 __device__ __forceinline__ bool is_in_packs(const Filter<Stored>& filter, const Team& team) {
   constexpr int size = kWidest<Stored>;
-  return are_aligned(filter.weight, filter.grad, filter.momentum) && filter.numel % size == 0 &&
+  return is_aligned(filter) && filter.numel % size == 0 &&
          (filter.taps == 1 || (filter.taps <= team.size * kHeld<Stored> / size &&
                                filter.numel / filter.taps % size == 0));
 }
@@ -202,6 +202,7 @@ __device__ __forceinline__ void run(const WorkItem& item, const TensorRow& row, 
       global_address<Stored>(row.param) + first,
       global_address<const Stored>(grad) + first,
       row.momentum_buffer ? global_address<Stored>(row.momentum_buffer) + first : nullptr,
+      row.param_remainder ? global_address<int16_t>(row.param_remainder) + first : nullptr,
       has_filter ? (left < row.filter_numel ? left : row.filter_numel) : 0,
       row.filter_numel,
       row.taps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -28,6 +29,7 @@ IS_EXP_SCALED = 2
 IS_ZERO_MEAN = 4
 IS_ANCHORED = 8
 IS_DAMPENED = 16
+HAS_REMAINDER = 32
 
 # The state that such a tensor has, in the order of the operator's lists: the bits that ask for it.
 STATE_BITS = {
@@ -35,13 +37,14 @@ STATE_BITS = {
     "log_scale": IS_EXP_SCALED,
     "log_scale_momentum_buffer": IS_EXP_SCALED | HAS_MOMENTUM,
     "step": IS_DAMPENED,
+    "param_remainder": HAS_REMAINDER,
 }
 
 lib.define(
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
     "Tensor(c!)[] log_scales, Tensor(d!)[] log_scale_momentum_buffers, Tensor(e!)[] steps, "
-    "int[] kinds, int[] groups, Tensor hyper_parameters, str backend, "
-    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    "Tensor(f!)[] param_remainders, int[] kinds, int[] groups, Tensor hyper_parameters, "
+    "str backend, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 )
 # Native code implements this one; the addresses in it keep it out of compiled graphs.
 lib.define(
@@ -111,6 +114,7 @@ class ReferenceStep:
                 entry.momentum_buffer,
                 entry.log_scale,
                 entry.log_scale_momentum_buffer,
+                entry.param_remainder,
                 lr=group["lr"],
                 momentum=group["momentum"] if has_momentum else 0.0,
                 dampening=group["dampening"] if has_momentum and not first else 0.0,
@@ -285,6 +289,7 @@ def entries_from_lists(
     log_scales: Sequence[Tensor],
     log_scale_momentum_buffers: Sequence[Tensor],
     steps: Sequence[Tensor],
+    param_remainders: Sequence[Tensor],
     kinds: Sequence[int],
     groups: Sequence[int],
 ) -> list[StepEntry]:
@@ -295,7 +300,7 @@ def entries_from_lists(
     """
     for name, values in (("kinds", kinds), ("groups", groups)):
         _check_length(name, values, len(params))
-    lists = (momentum_buffers, log_scales, log_scale_momentum_buffers, steps)
+    lists = (momentum_buffers, log_scales, log_scale_momentum_buffers, steps, param_remainders)
     for (name, bits), tensors in zip(STATE_BITS.items(), lists, strict=True):
         _check_length(f"{name}s", tensors, sum(kind & bits == bits for kind in kinds))
     state = {name: iter(tensors) for name, tensors in zip(STATE_BITS, lists, strict=True)}
@@ -327,6 +332,7 @@ def _step(
     log_scales: list[Tensor],
     log_scale_momentum_buffers: list[Tensor],
     steps: list[Tensor],
+    param_remainders: list[Tensor],
     kinds: list[int],
     groups: list[int],
     hyper_parameters: Tensor,
@@ -336,9 +342,8 @@ def _step(
 ) -> None:
     if not params:
         return
-    entries = entries_from_lists(
-        params, momentum_buffers, log_scales, log_scale_momentum_buffers, steps, kinds, groups
-    )
+    state = (momentum_buffers, log_scales, log_scale_momentum_buffers, steps, param_remainders)
+    entries = entries_from_lists(params, *state, kinds, groups)
     _check_length("grads", grads, len(params))
     rows = _hyper_parameters(hyper_parameters)
     for group in groups:
@@ -346,9 +351,7 @@ def _step(
             raise ValueError(f"group {group} is not one of the {len(rows.rows)} hyper_parameters")
     plan = StepPlan(entries, backends.choose(params[0].device, backend))
     plan.run(plan.in_memory_order(grads), rows, grad_scale, found_inf)
-    torch.autograd.graph.increment_version(
-        [*params, *momentum_buffers, *log_scales, *log_scale_momentum_buffers, *steps]
-    )
+    torch.autograd.graph.increment_version([*params, *itertools.chain(*state)])
 
 
 def _hyper_parameters(tensor: Tensor) -> HyperParameters:

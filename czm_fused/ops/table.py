@@ -20,6 +20,7 @@ COLUMNS = (
     "log_scale",
     "log_scale_momentum_buffer",
     "step",
+    "param_remainder",
     "numel",
     "filter_numel",
     "taps",
@@ -128,6 +129,8 @@ class StepEntry:
         log_scale: `(out_channels,)`, or None if the filters are not exp-scaled.
         log_scale_momentum_buffer: `(out_channels,)`, or None.
         step: float32 scalar counting updates, only where dampening needs to know the first.
+        param_remainder: int16, of the parameter's shape and layout: what its weights are in float32
+            beyond it, see `reference.exact_param`; or None.
         group: the row of the parameter group's hyper-parameters.
         zero_mean: whether CZMG acts on it.
         anchored: whether LUMA acts on it.
@@ -138,6 +141,7 @@ class StepEntry:
     log_scale: Tensor | None
     log_scale_momentum_buffer: Tensor | None
     step: Tensor | None
+    param_remainder: Tensor | None
     group: int
     zero_mean: bool
     anchored: bool
@@ -181,6 +185,7 @@ def check_entry(number: int, entry: StepEntry, device: torch.device) -> None:
         ("log_scale", per_filter, real),
         ("log_scale_momentum_buffer", per_filter, real),
         ("step", (), torch.float32),
+        ("param_remainder", tuple(param.shape), torch.int16),
     ):
         tensor = getattr(entry, name)
         if tensor is None:
@@ -191,7 +196,7 @@ def check_entry(number: int, entry: StepEntry, device: torch.device) -> None:
                 f"{tuple(tensor.shape)} on {tensor.device}; it must be {dtype} of shape {shape} "
                 f"on {device}"
             )
-        like = param if name == "momentum_buffer" else tensor.contiguous()
+        like = param if tensor.shape == param.shape else tensor.contiguous()
         if name != "param" and is_dense(like) and not same_memory_order(tensor, like):
             raise ValueError(
                 f"the {name} of parameter {number} has strides {tensor.stride()}; they must be "
@@ -243,7 +248,9 @@ def _fill_row(row: np.ndarray, entry: StepEntry, plain_block: int) -> None:
         if not is_dense(param):
             raise ValueError(_layout_message(param, "dense"))
     row[COLUMN["param"]] = param.data_ptr()
-    for name in ("momentum_buffer", "log_scale", "log_scale_momentum_buffer", "step"):
+    for name in (
+        "momentum_buffer", "log_scale", "log_scale_momentum_buffer", "step", "param_remainder"
+    ):  # fmt: skip
         state = getattr(entry, name)
         row[COLUMN[name]] = 0 if state is None else state.data_ptr()
     row[COLUMN["numel"]] = numel

@@ -95,9 +95,9 @@ def test_step_of_many_tensors_is_split_into_few_launches(
                 for n in range(tensors)]
     arguments = list(step_arguments(problems, "reference"))
     if not a_group_each:
-        arguments[7] = [0, 2] * (tensors // 2)
-        arguments[8] = arguments[8][:3]
-        arguments[8][2] = arguments[8][0]
+        arguments[8] = [0, 2] * (tensors // 2)
+        arguments[9] = arguments[9][:3]
+        arguments[9][2] = arguments[9][0]
     torch.ops.czm_fused.step_(*arguments)
     assert cuda_step.launches == launches
     for problem in problems:
@@ -108,8 +108,8 @@ def test_hyper_parameters_are_read_where_they_live(cuda_step):
     problems = [Problem(Case((5, 17, 3, 3), dtype, options=Options(nesterov=True, luma=0.1)))
                 for dtype in DTYPES]
     arguments = step_arguments(problems, "reference")
-    row = [torch.tensor(value, dtype=torch.float32) for value in arguments[8][0].tolist()]
-    entries = entries_from_lists(arguments[0], *arguments[2:7], [0] * len(problems))
+    row = [torch.tensor(value, dtype=torch.float32) for value in arguments[9][0].tolist()]
+    entries = entries_from_lists(arguments[0], *arguments[2:8], [0] * len(problems))
     hyper = HyperParameters([tuple(DeviceScalar(x.data_ptr(), x) for x in row)])
     addresses = torch.tensor([grad.data_ptr() for grad in arguments[1]])
     HostStep(entries)(arguments[1], addresses, hyper, None, None)

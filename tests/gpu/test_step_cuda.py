@@ -123,6 +123,31 @@ def test_graph_replays_with_a_changing_rate():
     assert_same_parameters(model, expected)
 
 
+def test_graph_replays_under_a_scheduler():
+    model, expected = network(), network("cpu")
+    optimizer = FusedCZMSGD(model.parameters(), lr=0.125, momentum=0.9, capturable=True)
+    oracle = FusedCZMSGD(expected.parameters(), lr=0.125, momentum=0.9, backend="reference")
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (optimizer, oracle)]
+    set_grads(model)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    set_grads(expected)
+    oracle.step()
+    for _ in range(3):
+        for schedule in schedules:
+            schedule.step()
+        graph.replay()
+        oracle.step()
+    torch.cuda.synchronize()
+    assert_same_parameters(model, expected)
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_grad_scaler(broken):
     model, expected = network(), network("cpu")

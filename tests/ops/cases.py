@@ -17,6 +17,7 @@ from czm_fused import reference
 from czm_fused.ops import backends
 from czm_fused.ops.step import (
     HAS_MOMENTUM,
+    HAS_REMAINDER,
     IS_ANCHORED,
     IS_DAMPENED,
     IS_EXP_SCALED,
@@ -83,6 +84,7 @@ class Case:
         options: the hyper-parameters.
         offset: how many elements every tensor is away from an aligned address.
         first: whether momentum has not begun yet, where dampening waits for it.
+        master_weights: whether the parameter is the rounding of float32 weights.
     """
 
     shape: tuple[int, ...]
@@ -92,6 +94,7 @@ class Case:
     options: Options = Options()
     offset: int = 0
     first: bool = False
+    master_weights: bool = False
 
     def __str__(self) -> str:
         parts = ["x".join(map(str, self.shape)) or "scalar", str(self.dtype).removeprefix("torch.")]
@@ -101,8 +104,8 @@ class Case:
             for name, value in vars(self.options).items()
             if value != getattr(Options(), name)
         ]
-        parts += [f"{name}={getattr(self, name)}" for name in ("offset", "first") if
-                  getattr(self, name)]
+        parts += [f"{name}={getattr(self, name)}" for name in
+                  ("offset", "first", "master_weights") if getattr(self, name)]
         return "-".join(parts)
 
     @property
@@ -115,6 +118,7 @@ class Case:
             | IS_ZERO_MEAN * (is_filter and options.zmg != 0)
             | IS_ANCHORED * (is_filter and options.luma != 0)
             | IS_DAMPENED * (options.momentum != 0 and options.dampening != 0)
+            | HAS_REMAINDER * self.master_weights
         )
 
 
@@ -138,6 +142,7 @@ _POISON = {
     torch.float64: (torch.int64, 0x7FFD5555AAAA5555),
     torch.bfloat16: (torch.int16, 0x7FD5),
     torch.float16: (torch.int16, 0x7FD5),
+    torch.int16: (torch.int16, 0x7FD5),
 }
 _GUARD = 64
 
@@ -181,7 +186,7 @@ class Problem:
 
     def __init__(self, case: Case, device: str = "cpu", seed: int = 0) -> None:
         self.case = case
-        layouts = {"param": case.layout, "momentum_buffer": case.layout}
+        layouts = dict.fromkeys(("param", "momentum_buffer", "param_remainder"), case.layout)
         layouts["grad"] = case.grad_layout or case.layout
         self.memory = {
             name: GuardedMemory(values.to(device), layouts.get(name, "contiguous"), case.offset)
@@ -192,6 +197,11 @@ class Problem:
     def remember(self) -> None:
         """Take the tensors as they are now for the inputs of the next step."""
         self.inputs = {name: memory.tensor.cpu().clone() for name, memory in self.memory.items()}
+
+    def _exact_param(self, tensors: dict[str, Tensor]) -> Tensor:
+        if self.case.master_weights:
+            return reference.exact_param(tensors["param"], tensors["param_remainder"])
+        return tensors["param"]
 
     def __getitem__(self, name: str) -> Tensor:
         return self.memory[name].tensor
@@ -207,6 +217,7 @@ class Problem:
     def expected(self, grad_scale: float = 1.0) -> dict[str, Tensor]:
         """Return what the oracle, in float64, makes of the inputs."""
         values = {name: tensor.double() for name, tensor in self.inputs.items()}
+        values["param"] = self._exact_param(self.inputs).double()
         options = self.case.options
         has_momentum = options.momentum != 0
         is_filter = len(self.case.shape) > 1
@@ -230,8 +241,16 @@ class Problem:
     def check(self, grad_scale: float = 1.0) -> None:
         """Assert that a step has been made, within its error bounds, and nothing else touched."""
         expected = self.expected(grad_scale)
-        bounds = error_bounds(self.case, self.inputs, expected, grad_scale)
-        for name, actual in self.outputs().items():
+        inputs = {**self.inputs, "param": self._exact_param(self.inputs)}
+        bounds = error_bounds(self.case, inputs, expected, grad_scale)
+        outputs = self.outputs()
+        if self.case.master_weights:
+            remainder = self["param_remainder"].cpu()
+            exact = reference.exact_param(outputs["param"], remainder)
+            # The parameter is nothing but the rounding, whatever the remainder says.
+            assert torch.equal(exact.to(self.case.dtype), outputs["param"])
+            outputs["param"] = exact
+        for name, actual in outputs.items():
             error = (actual.double() - expected[name]).abs()
             wrong = ~(error <= bounds[name])
             assert not wrong.any(), (
@@ -267,6 +286,9 @@ def _random_state(case: Case, seed: int) -> dict[str, Tensor]:
         state["log_scale"] = (norms.log() + 0.3 * randn(filters)).to(real)
         if kind & HAS_MOMENTUM:
             state["log_scale_momentum_buffer"] = (0.3 * randn(filters)).to(real)
+    if case.master_weights:
+        state["param_remainder"] = torch.empty(shape, dtype=torch.int16)
+        reference.set_param_(state["param"], param.float(), state["param_remainder"])
     if case.first:
         for name in ("momentum_buffer", "log_scale_momentum_buffer"):
             if name in state:
@@ -300,6 +322,7 @@ def step_arguments(
         state("log_scale"),
         state("log_scale_momentum_buffer"),
         steps,
+        state("param_remainder"),
         kinds,
         list(range(len(problems))),
         torch.tensor(rows, dtype=torch.float64),
@@ -402,6 +425,27 @@ OTHER_CASES = [
     *(
         Case((2, 5, 3, 3), options=replace(Options(dampening=0.3), exp_scale=exp_scale), first=True)
         for exp_scale in (False, True)
+    ),
+    # Float32 weights behind parameters of half the bytes.
+    *(
+        Case((2, channels, *kernel), dtype, layout, offset=offset, master_weights=True)
+        for kernel, channels, offset in (
+            ((1, 1), 33, 0), ((3,), 64, 0), ((3, 3), 17, 0), ((3, 3), 64, 0), ((3, 3), 17, 1),
+            ((5, 5), 3, 0),
+        )
+        for dtype in (torch.bfloat16, torch.float16)
+        for layout in ("contiguous", "channels_last")
+    ),
+    *(
+        Case(shape, dtype, options=options, master_weights=True)
+        for shape, options in (
+            ((2, 17, 3, 3), Options(momentum=0.0, weight_decay=0.1)),
+            ((5, 300), FILTER_OPTIONS["anchor"]),
+            ((40_000,), PLAIN),
+            ((1, 40_000, 5, 5), Options()),
+            ((0, 5), Options()),
+        )
+        for dtype in (torch.bfloat16, torch.float16)
     ),
     # Misaligned memory.
     *(

@@ -28,7 +28,7 @@ def error_bounds(
       order, `taps`;
     - `(n - 1) / n` loses nothing but what `n` has lost, of terms of size `1 + 1 / n`;
     - an output of a half dtype is rounded once more, by half of that dtype's eps (or of its least
-      subnormal).
+      subnormal), but a parameter with a remainder only by the latter.
 
     Doubled, because the oracle rounds as well.
     """
@@ -105,9 +105,15 @@ def error_bounds(
         + 2 * eps * (keep * weight + rate * step_size)
     )
 
+    stored_in_half = {"momentum_buffer", "param"} if case.dtype.itemsize == 2 else set()
+    if case.master_weights:
+        stored_in_half.remove("param")
+        # What the remainder of a tiny float16 cannot hold.
+        stored = torch.finfo(case.dtype)
+        bounds["param"] = bounds["param"] + 0.5 * stored.smallest_normal * stored.eps
     for name in bounds:
         bounds[name] = 2 * bounds[name].reshape(expected[name].shape)
-        if case.dtype.itemsize == 2 and name in ("param", "momentum_buffer"):
+        if name in stored_in_half:
             stored = torch.finfo(case.dtype)
             rounding = (0.5 * stored.eps * expected[name].abs()).clamp(
                 min=0.5 * stored.smallest_normal * stored.eps

@@ -38,7 +38,8 @@ int main() {
   for (TensorRow& row : rows) {
     for (int64_t TensorRow::*address : {&TensorRow::param, &TensorRow::momentum_buffer,
                                         &TensorRow::log_scale,
-                                        &TensorRow::log_scale_momentum_buffer, &TensorRow::step})
+                                        &TensorRow::log_scale_momentum_buffer, &TensorRow::step,
+                                        &TensorRow::param_remainder})
       relocate(row.*address);
   }
   czm::baseline::step_range(rows.data(), grads.data(), header.rows, groups.data(), 1.0, 0,

@@ -28,10 +28,10 @@ EMULATOR = "qemu-aarch64"
 
 def _tables(problems):
     arguments = step_arguments(problems, "cpu")
-    table, _, work = build_table(entries_from_lists(arguments[0], *arguments[2:8]), PLAIN_BLOCK)
+    table, _, work = build_table(entries_from_lists(arguments[0], *arguments[2:9]), PLAIN_BLOCK)
     grads = torch.tensor([problem["grad"].data_ptr() for problem in problems])
     # `arguments` holds the memory that the table points to.
-    return table, grads, arguments[8], work, arguments
+    return table, grads, arguments[9], work, arguments
 
 
 def _step_range(instruction_set):
@@ -103,7 +103,7 @@ def test_step_range_on_aarch64(tmp_path):
     steps = arguments[5]
     blocks = [memory.block for problem in problems for memory in problem.memory.values()] + steps
     image, offset_of = _image(blocks)
-    addresses = table[:, : COLUMN["step"] + 1]
+    addresses = table[:, : COLUMN["param_remainder"] + 1]
     addresses.apply_(offset_of)
     grads.apply_(offset_of)
     header = np.array([len(table), len(groups), work, len(image)])

@@ -76,7 +76,7 @@ def test_step_of_many_groups_and_dtypes_in_one_call(backend, device):
 @on_every_backend
 def test_step_of_no_tensors(backend, device):
     torch.ops.czm_fused.step_(
-        [], [], [], [], [], [], [], [], torch.zeros(1, 8, dtype=torch.float64), backend
+        [], [], [], [], [], [], [], [], [], torch.zeros(1, 8, dtype=torch.float64), backend
     )
 
 
@@ -259,7 +259,7 @@ def test_launch_step_passes_opcheck():
 
     problem = Problem(Case((2, 3, 3, 3)))
     arguments = step_arguments([problem], "cpu")
-    table, _, work = build_table(entries_from_lists(arguments[0], *arguments[2:8]), 16384)
+    table, _, work = build_table(entries_from_lists(arguments[0], *arguments[2:9]), 16384)
     grads = torch.tensor([problem["grad"].data_ptr()])
     hyper = HyperParameters([tuple(problem.case.options.row())])
     torch.library.opcheck(
@@ -270,7 +270,8 @@ def test_launch_step_passes_opcheck():
     )
 
 
-PARAMS, GRADS, MOMENTUM, LOG_SCALES, LOG_SCALE_MOMENTUM, STEPS, KINDS, GROUPS, HYPER = range(9)
+PARAMS, GRADS, MOMENTUM, LOG_SCALES, LOG_SCALE_MOMENTUM, STEPS = range(6)
+REMAINDERS, KINDS, GROUPS, HYPER = range(6, 10)
 
 
 @pytest.mark.parametrize("backend", [backend for backend, device in AVAILABLE if device == "cpu"])
@@ -293,6 +294,7 @@ PARAMS, GRADS, MOMENTUM, LOG_SCALES, LOG_SCALE_MOMENTUM, STEPS, KINDS, GROUPS, H
         (LOG_SCALE_MOMENTUM, lambda x: [x[0].half()], r"log_scale_momentum_buffer of parameter 0"),
         (LOG_SCALE_MOMENTUM, lambda x: [], r"log_scale_momentum_buffers"),
         (STEPS, lambda x: [x[0].double()], r"step of parameter 0 .*torch.float64"),
+        (REMAINDERS, lambda x: [torch.zeros(3, 4, 3, 3).short()], r"param_remainders"),
         (KINDS, lambda x: x * 2, r"kinds"),
         (GROUPS, lambda x: [7], r"group 7"),
         (GROUPS, lambda x: [-1], r"group -1"),

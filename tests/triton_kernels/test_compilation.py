@@ -27,19 +27,21 @@ SIGNATURE = {
     "found_inf": "*fp32",
     "DTYPE": "constexpr",
     "REAL": "constexpr",
+    "SPLIT": "constexpr",
     "TILE": "constexpr",
 }
 
 
-def compiled(dtype, program_numel, target):
+def compiled(dtype, program_numel, target, split=False):
     from triton.compiler import ASTSource
 
     from czm_fused.ops.triton.device import TRITON_DTYPES, real_dtype
     from czm_fused.ops.triton.step import launch_shape
     from czm_fused.ops.triton.step_kernel import step_kernel
 
-    num_warps, tile = launch_shape(program_numel, dtype)
-    constants = {"DTYPE": TRITON_DTYPES[dtype], "REAL": real_dtype(dtype), "TILE": tile}
+    num_warps, tile = launch_shape(program_numel, dtype, split)
+    constants = {"DTYPE": TRITON_DTYPES[dtype], "REAL": real_dtype(dtype)}
+    constants |= {"SPLIT": split, "TILE": tile}
     source = ASTSource(fn=step_kernel, signature=SIGNATURE, constexprs=constants)
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
     return triton.compile(source, target=target, options=options)
@@ -82,6 +84,15 @@ def test_step_kernel_for_cuda(capability, dtype, program_numel, tmp_path):
     assert len(re.findall(rf"st\.global\.{wide}", kernel.asm["ptx"])) >= 3 * 2
     assert len(re.findall(rf"ld\.global\.{wide}", kernel.asm["ptx"])) >= 2 + 3 * 3
     assert not re.search(r"\b(atom|red)\.", kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_step_kernel_with_remainders_for_cuda(capability, tmp_path):
+    from triton.backends.compiler import GPUTarget
+
+    kernel = compiled(torch.bfloat16, 4608, GPUTarget("cuda", capability, 32), split=True)
+    usage = resource_usage(kernel.asm["cubin"], tmp_path / "step.cubin")
+    assert usage["STACK"] == usage["LOCAL"] == 0
 
 
 def test_step_kernel_for_rocm():

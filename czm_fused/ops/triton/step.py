@@ -20,7 +20,8 @@ _INT32_LIMIT = 2**31 - 2**16
 
 
 class TritonStep:
-    """Runs the Triton kernel over all tensors of a plan: one launch for each dtype among them.
+    """Runs the Triton kernel over all tensors of a plan: one launch for each dtype among them, and
+    one more where some tensors of a dtype have master weights and others not.
 
     Args:
         entries: the tensors and their state, on one device.
@@ -35,10 +36,11 @@ class TritonStep:
 
     def __init__(self, entries: Sequence[StepEntry]) -> None:
         self._device = entries[0].param.device
-        numbers_of: dict[torch.dtype, list[int]] = {}
+        numbers_of: dict[tuple[torch.dtype, bool], list[int]] = {}
         for number, entry in enumerate(entries):
             if entry.param.numel() > 0:
-                numbers_of.setdefault(entry.param.dtype, []).append(number)
+                variant = entry.param.dtype, entry.param_remainder is not None
+                numbers_of.setdefault(variant, []).append(number)
         self._launches = [
             _Launch([entries[number] for number in numbers], numbers)
             for numbers in numbers_of.values()
@@ -62,11 +64,12 @@ class TritonStep:
 
 
 class _Launch:
-    """The launch over the tensors of one dtype, which are numbers `numbers` of the plan."""
+    """The launch over tensors of one dtype, all with remainders or none: `numbers` of the plan."""
 
     def __init__(self, entries: Sequence[StepEntry], numbers: Sequence[int]) -> None:
         param = entries[0].param
         self._device, self._dtype = param.device, param.dtype
+        self._split = entries[0].param_remainder is not None
         table, order, program_rows = _schedule(entries)
         self._numbers = [numbers[position] for position in order]
         self._grid = (len(program_rows),)
@@ -77,7 +80,7 @@ class _Launch:
             len(entries) + 2 * self._groups * len(GROUP_COLUMNS), self._device
         )
         self._num_warps, self._tile = launch_shape(
-            table[:, COLUMN["numel"]].sum() / len(program_rows), self._dtype
+            table[:, COLUMN["numel"]].sum() / len(program_rows), self._dtype, self._split
         )
 
     def __call__(
@@ -106,6 +109,7 @@ class _Launch:
                 found_inf,
                 DTYPE=TRITON_DTYPES[self._dtype],
                 REAL=real_dtype(self._dtype),
+                SPLIT=self._split,
                 TILE=self._tile,
                 num_warps=self._num_warps,
                 enable_fp_fusion=False,
@@ -133,14 +137,15 @@ def _schedule(entries: Sequence[StepEntry]) -> tuple[np.ndarray, np.ndarray, np.
     return table, order, np.repeat(np.arange(len(table), dtype=np.int32), programs)
 
 
-def launch_shape(program_numel: float, dtype: torch.dtype) -> tuple[int, int]:
+def launch_shape(program_numel: float, dtype: torch.dtype, split: bool) -> tuple[int, int]:
     """Return the warps of a program, and the weights in its registers at a time.
 
     Short programs are bound by latency, and more of them fit a processor with fewer warps each.
     """
     num_warps = 2 if program_numel <= 512 else 4
-    # 32 threads a warp, each with at least 16 bytes of every tensor.
-    return num_warps, 32 * num_warps * max(4, 16 // dtype.itemsize)
+    # 32 threads a warp, each with at least 16 bytes of every tensor, a split one's halves together.
+    itemsize = 4 if split else dtype.itemsize
+    return num_warps, 32 * num_warps * max(4, 16 // itemsize)
 
 
 class _Arguments:

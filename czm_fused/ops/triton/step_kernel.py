@@ -26,6 +26,7 @@ _MOMENTUM_BUFFER = tl.constexpr(COLUMN["momentum_buffer"])
 _LOG_SCALE = tl.constexpr(COLUMN["log_scale"])
 _LOG_SCALE_MOMENTUM_BUFFER = tl.constexpr(COLUMN["log_scale_momentum_buffer"])
 _STEP = tl.constexpr(COLUMN["step"])
+_PARAM_REMAINDER = tl.constexpr(COLUMN["param_remainder"])
 _NUMEL = tl.constexpr(COLUMN["numel"])
 _FILTER_NUMEL = tl.constexpr(COLUMN["filter_numel"])
 _TAPS = tl.constexpr(COLUMN["taps"])
@@ -74,6 +75,7 @@ class _Filter(NamedTuple):
     weight: tl.tensor  # addresses
     grad: tl.tensor
     momentum: tl.tensor  # 0 without momentum
+    remainder: tl.tensor  # 0 without SPLIT
     numel: tl.tensor
     taps: tl.tensor
     channels_last: tl.tensor
@@ -149,16 +151,38 @@ def _pointers(filter, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
     weights = tl.multiple_of(filter.weight.to(tl.pointer_type(DTYPE)), ALIGNMENT)
     grads = tl.multiple_of(filter.grad.to(tl.pointer_type(DTYPE)), ALIGNMENT)
     momenta = tl.multiple_of(filter.momentum.to(tl.pointer_type(DTYPE)), ALIGNMENT)
-    return weights, grads, momenta
+    # int16 has the size of the dtypes that have remainders, and for others the hint is not used.
+    remainders = tl.multiple_of(filter.remainder.to(tl.pointer_type(tl.int16)), 2 * VECTOR)
+    return weights, remainders, grads, momenta
+
+
+@triton.jit
+def _load_weight(weights, remainders, offsets, mask, REAL: tl.constexpr, SPLIT: tl.constexpr):
+    weight = tl.load(weights + offsets, mask=mask, other=0.0).to(REAL)
+    if SPLIT:
+        remainder = tl.load(remainders + offsets, mask=mask, other=0)
+        weight = (weight.to(tl.int32, bitcast=True) + remainder).to(tl.float32, bitcast=True)
+    return weight
+
+
+@triton.jit
+def _store_weight(weights, remainders, offsets, mask, weight, SPLIT: tl.constexpr):
+    param = weight.to(weights.dtype.element_ty)
+    tl.store(weights + offsets, param, mask=mask)
+    if SPLIT:
+        rounded = param.to(tl.float32).to(tl.int32, bitcast=True)
+        apart = weight.to(tl.int32, bitcast=True) - rounded
+        remainder = tl.minimum(tl.maximum(apart, -(2**15)), 2**15 - 1).to(tl.int16)
+        tl.store(remainders + offsets, remainder, mask=mask)
 
 
 @triton.jit
 def _reduce(
-    filter, reduces, DTYPE: tl.constexpr, REAL: tl.constexpr, TILE: tl.constexpr,
-    VECTOR: tl.constexpr,
+    filter, reduces, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
+    TILE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """<W, W> and <dW, W> of a filter, or zeros where nothing `reduces`."""
-    weights, grads, _ = _pointers(filter, DTYPE, VECTOR)
+    weights, remainders, grads, _ = _pointers(filter, DTYPE, VECTOR)
     end = _multiple(tl.where(reduces, filter.numel, 0), VECTOR)
     weight_weight = tl.zeros([TILE], REAL)
     grad_weight = tl.zeros([TILE], REAL)
@@ -166,7 +190,7 @@ def _reduce(
     while tile * TILE < end:
         offsets = tile * TILE + tl.arange(0, TILE)
         mask = offsets < end
-        weight = tl.load(weights + offsets, mask=mask, other=0.0).to(REAL)
+        weight = _load_weight(weights, remainders, offsets, mask, REAL, SPLIT)
         grad = tl.load(grads + offsets, mask=mask, other=0.0).to(REAL)
         weight_weight = tl.fma(weight, weight, weight_weight)
         grad_weight = tl.fma(grad, weight, grad_weight)
@@ -175,18 +199,21 @@ def _reduce(
 
 
 @triton.jit
-def _direction_grad(weights, grads, offsets, mask, rule, REAL: tl.constexpr):
+def _direction_grad(
+    weights, remainders, grads, offsets, mask, rule, REAL: tl.constexpr, SPLIT: tl.constexpr
+):
     """dV before CZMG, the data gradient and the anchor's; and W."""
-    weight = tl.load(weights + offsets, mask=mask, other=0.0).to(REAL)
+    weight = _load_weight(weights, remainders, offsets, mask, REAL, SPLIT)
     grad = tl.load(grads + offsets, mask=mask, other=0.0).to(REAL)
     return tl.fma(rule.grad, grad, rule.weight * weight), weight
 
 
 @triton.jit
 def _update_tile(
-    weights, grads, momenta, has_momentum, offsets, mask, removed_mean, rule, REAL: tl.constexpr
-):
-    grad, weight = _direction_grad(weights, grads, offsets, mask, rule, REAL)
+    weights, remainders, grads, momenta, has_momentum, offsets, mask, removed_mean, rule,
+    REAL: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    grad, weight = _direction_grad(weights, remainders, grads, offsets, mask, rule, REAL, SPLIT)
     momentum = tl.load(momenta + offsets, mask=mask & has_momentum, other=0.0).to(REAL)
     grad = tl.fma(rule.decay, weight, grad - removed_mean)
     momentum = tl.fma(rule.one_minus_dampening, grad, rule.momentum * momentum)
@@ -194,39 +221,45 @@ def _update_tile(
     weight = tl.fma(rule.rate, direction, rule.keep * weight)
     dtype: tl.constexpr = weights.dtype.element_ty
     tl.store(momenta + offsets, momentum.to(dtype), mask=mask & has_momentum)
-    tl.store(weights + offsets, weight.to(dtype), mask=mask)
+    _store_weight(weights, remainders, offsets, mask, weight, SPLIT)
 
 
 @triton.jit
 def _update_without_mean(
-    filter, rule, DTYPE: tl.constexpr, REAL: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr
-):
-    weights, grads, momenta = _pointers(filter, DTYPE, VECTOR)
+    filter, rule, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
+    TILE: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    weights, remainders, grads, momenta = _pointers(filter, DTYPE, VECTOR)
     end = _multiple(filter.numel, VECTOR)
     tile = end * 0
     while tile * TILE < end:
         offsets = tile * TILE + tl.arange(0, TILE)
         _update_tile(
-            weights, grads, momenta, filter.momentum != 0, offsets, offsets < end, 0.0, rule, REAL
-        )
+            weights, remainders, grads, momenta, filter.momentum != 0, offsets, offsets < end, 0.0,
+            rule, REAL, SPLIT,
+        )  # fmt: skip
         tile += 1
 
 
 @triton.jit
 def _sums_over_taps(
-    weights, grads, channel, mask, channel_stride, tap_stride, taps, rule, REAL: tl.constexpr,
-    TILE: tl.constexpr, TAPS: tl.constexpr,
+    weights, remainders, grads, channel, mask, channel_stride, tap_stride, taps, rule,
+    REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     sums = tl.zeros([TILE], REAL)
     offsets = channel * channel_stride
     if TAPS > 0:
         for tap in tl.range(TAPS, num_stages=1, loop_unroll_factor=3):
-            grad, _ = _direction_grad(weights, grads, offsets + tap * tap_stride, mask, rule, REAL)
+            grad, _ = _direction_grad(
+                weights, remainders, grads, offsets + tap * tap_stride, mask, rule, REAL, SPLIT
+            )
             sums += grad
     else:
         tap = taps * 0
         while tap < taps:
-            grad, _ = _direction_grad(weights, grads, offsets + tap * tap_stride, mask, rule, REAL)
+            grad, _ = _direction_grad(
+                weights, remainders, grads, offsets + tap * tap_stride, mask, rule, REAL, SPLIT
+            )
             sums += grad
             tap += 1
     # Other threads may still be reading what this one is about to write.
@@ -236,11 +269,11 @@ def _sums_over_taps(
 
 @triton.jit
 def _update(
-    filter, rule, DTYPE: tl.constexpr, REAL: tl.constexpr, TILE: tl.constexpr,
-    VECTOR: tl.constexpr, TAPS: tl.constexpr,
+    filter, rule, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
+    TILE: tl.constexpr, VECTOR: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """All weights of a filter; TAPS is their number where the compiler shall know it, else 0."""
-    weights, grads, momenta = _pointers(filter, DTYPE, VECTOR)
+    weights, remainders, grads, momenta = _pointers(filter, DTYPE, VECTOR)
     has_momentum = filter.momentum != 0
     taps = filter.taps
     if TAPS > 0:
@@ -253,19 +286,21 @@ def _update(
         mask = channel < channels
         if filter.channels_last:
             removed_mean = rule.mean * _sums_over_taps(
-                weights, grads, channel, mask, 1, channels, taps, rule, REAL, TILE, TAPS
-            )
+                weights, remainders, grads, channel, mask, 1, channels, taps, rule, REAL, SPLIT,
+                TILE, TAPS,
+            )  # fmt: skip
             tap = channels * 0
             while tap < taps:
                 _update_tile(
-                    weights, grads, momenta, has_momentum, tap * channels + channel, mask,
-                    removed_mean, rule, REAL,
+                    weights, remainders, grads, momenta, has_momentum, tap * channels + channel,
+                    mask, removed_mean, rule, REAL, SPLIT,
                 )  # fmt: skip
                 tap += 1
         else:
             removed_mean = rule.mean * _sums_over_taps(
-                weights, grads, channel, mask, taps, 1, taps, rule, REAL, TILE, TAPS
-            )
+                weights, remainders, grads, channel, mask, taps, 1, taps, rule, REAL, SPLIT,
+                TILE, TAPS,
+            )  # fmt: skip
             end = tl.minimum(first + TILE, channels) * taps
             tile = channel_tile * taps
             while tile * TILE < end:
@@ -273,8 +308,8 @@ def _update(
                 mask = offsets < end
                 own_channel = tl.where(mask, offsets // taps - first, 0)
                 _update_tile(
-                    weights, grads, momenta, has_momentum, offsets, mask,
-                    tl.gather(removed_mean, own_channel, 0), rule, REAL,
+                    weights, remainders, grads, momenta, has_momentum, offsets, mask,
+                    tl.gather(removed_mean, own_channel, 0), rule, REAL, SPLIT,
                 )  # fmt: skip
                 tile += 1
         channel_tile += 1
@@ -283,7 +318,7 @@ def _update(
 @triton.jit
 def _step(
     row, number, addresses, values, grad, grad_scale, DTYPE: tl.constexpr, REAL: tl.constexpr,
-    TILE: tl.constexpr,
+    SPLIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Update filter `number` of the tensor that `row` describes."""
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
@@ -291,10 +326,12 @@ def _step(
     filter_numel = tl.load(row + _FILTER_NUMEL)
     begin = number * filter_numel
     momentum = tl.load(row + _MOMENTUM_BUFFER)
+    remainder = tl.load(row + _PARAM_REMAINDER)
     filter = _Filter(
         weight=tl.load(row + _PARAM) + begin * BYTES,
         grad=grad + begin * BYTES,
         momentum=tl.where(momentum != 0, momentum + begin * BYTES, 0),
+        remainder=tl.where(remainder != 0, remainder + begin * 2, 0),
         numel=tl.minimum(tl.load(row + _NUMEL) - begin, filter_numel).to(tl.int32),
         taps=tl.load(row + _TAPS).to(tl.int32),
         channels_last=tl.load(row + _CHANNELS_LAST) != 0,
@@ -310,12 +347,12 @@ def _step(
     g_momentum = tl.load(log_scale_momenta, mask=log_scale_momentum != 0, other=0.0)
 
     reduces = tl.load(row + _REDUCES) != 0
-    aligned = (filter.weight | filter.grad | filter.momentum) % 16 == 0
+    aligned = (filter.weight | filter.grad | filter.momentum | filter.remainder) % 16 == 0
     aligned = aligned & ((filter.numel // filter.taps) % VECTOR == 0)
     if aligned:
-        weight_weight, grad_weight = _reduce(filter, reduces, DTYPE, REAL, TILE, VECTOR)
+        weight_weight, grad_weight = _reduce(filter, reduces, DTYPE, REAL, SPLIT, TILE, VECTOR)
     else:
-        weight_weight, grad_weight = _reduce(filter, reduces, DTYPE, REAL, TILE, 1)
+        weight_weight, grad_weight = _reduce(filter, reduces, DTYPE, REAL, SPLIT, TILE, 1)
 
     rule, new_g, new_g_momentum = _filter_rule(
         hyper, weight_weight, grad_weight, filter.taps, log_scale != 0, g, g_momentum, REAL
@@ -325,13 +362,13 @@ def _step(
 
     if rule.mean == 0:
         if aligned:
-            _update_without_mean(filter, rule, DTYPE, REAL, TILE, VECTOR)
+            _update_without_mean(filter, rule, DTYPE, REAL, SPLIT, TILE, VECTOR)
         else:
-            _update_without_mean(filter, rule, DTYPE, REAL, TILE, 1)
+            _update_without_mean(filter, rule, DTYPE, REAL, SPLIT, TILE, 1)
     elif aligned & (filter.taps == 9):
-        _update(filter, rule, DTYPE, REAL, TILE, VECTOR, 9)
+        _update(filter, rule, DTYPE, REAL, SPLIT, TILE, VECTOR, 9)
     else:
-        _update(filter, rule, DTYPE, REAL, TILE, 1, 0)
+        _update(filter, rule, DTYPE, REAL, SPLIT, TILE, 1, 0)
 
 
 @triton.jit(
@@ -342,7 +379,7 @@ def _step(
 )  # fmt: skip
 def step_kernel(
     rows, program_rows, arguments, row_count, group_count, grad_scale, found_inf,
-    DTYPE: tl.constexpr, REAL: tl.constexpr, TILE: tl.constexpr,
+    DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Update the filter, or the block of a plain tensor, that this program owns.
 
@@ -355,6 +392,7 @@ def step_kernel(
         found_inf: nothing is updated where it is not 0, float32, or None.
         DTYPE: of parameters, gradients and momentum.
         REAL: of the arithmetic and of the log-scales.
+        SPLIT: whether the parameters are the rounding of float32 weights, and have remainders.
         TILE: the weights that a program has in its registers at a time.
     """
     program = tl.program_id(0)
@@ -370,4 +408,4 @@ def step_kernel(
     if found_inf is not None:
         skip = tl.load(found_inf).to(tl.float32)
     if skip == 0:
-        _step(row, number, addresses + group, values, grad, grad_scale, DTYPE, REAL, TILE)
+        _step(row, number, addresses + group, values, grad, grad_scale, DTYPE, REAL, SPLIT, TILE)

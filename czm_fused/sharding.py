@@ -1,0 +1,132 @@
+"""Parameters that are DTensors: each rank steps the filters that it holds, and nothing is sent."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
+    """Whether `tensor` is a DTensor."""
+    # Its module takes a second to import, and who made one has done so.
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, sharing its memory; any other tensor itself."""
+    if not is_dtensor(tensor):
+        return tensor
+    part = tensor.to_local()
+    # What a collective has yet to deliver can be waited for.
+    return part.wait() if hasattr(part, "wait") else part
+
+
+def check_placements(number: int, param: Tensor, has_filters: bool) -> None:
+    """Check that a rank can step its part of parameter `number` alone.
+
+    Filters must be whole, so they are split along dimension 0 or not at all; what takes plain
+    momentum SGD is split anyhow.
+
+    Raises:
+        ValueError: the placements leave a rank with a part of a filter, or of a sum.
+    """
+    if not is_dtensor(param):
+        return
+    if any(placement.is_partial() for placement in param.placements):
+        raise ValueError(
+            f"parameter {number} has placements {param.placements}, a sum that is still to be "
+            "made; redistribute it to Shard(0) or Replicate() before it becomes a parameter"
+        )
+    if has_filters and not all(
+        placement.is_replicate() or getattr(placement, "dim", None) == 0
+        for placement in param.placements
+    ):
+        raise ValueError(
+            f"parameter {number} has placements {param.placements}, but each rank must hold whole "
+            "filters: place it by Shard(0) or Replicate(), as fully_shard does without a "
+            "shard_placement_fn, or set exp_scale=False, zmg=0 and luma=0 in its group"
+        )
+
+
+def local_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Return this rank's parts of the gradients.
+
+    Raises:
+        RuntimeError: a gradient that is not placed as its parameter is.
+    """
+    for number, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if _placed(grad) != _placed(param):
+            raise RuntimeError(
+                f"the gradient of parameter {number} is {_describe(grad)}, but the parameter is "
+                f"{_describe(param)}; redistribute the gradient, or accumulate it, as the parameter"
+            )
+    return [local(grad) for grad in grads]
+
+
+def per_filter(values: Tensor, param: Tensor) -> Tensor:
+    """Return `values`, one a filter of this rank, sharded over the ranks as `param` is."""
+    if not is_dtensor(param):
+        return values
+    from torch.distributed.tensor import DTensor
+
+    sharded = DTensor.from_local(
+        values,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape[:1],
+        stride=(1,),
+    )
+    # from_local takes what is offloaded to the mesh's device.
+    return sharded.to(values.device)
+
+
+def check_state(name: str, value: object, param: Tensor) -> None:
+    """Check that state `name` can be had where `param` is, without asking other ranks.
+
+    Raises:
+        ValueError: it is a DTensor placed otherwise than its parameter.
+    """
+    if is_dtensor(value) and _placed(value) != _placed(param):
+        raise ValueError(
+            f"{name} is {_describe(value)}, but its parameter is {_describe(param)}; "
+            "save and load it with torch.distributed.checkpoint.state_dict's "
+            "get_optimizer_state_dict and set_optimizer_state_dict"
+        )
+
+
+def place_like(name: str, tensor: Tensor, param: Tensor) -> Tensor:
+    """Return state `name`, of whole shape, placed as `param` is.
+
+    Raises:
+        ValueError: what `check_state` refuses.
+    """
+    check_state(name, tensor, param)
+    if _placed(tensor) == _placed(param):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every rank has the whole of it, and keeps its part.
+    return distribute_tensor(tensor, *_placed(param), src_data_rank=None)
+
+
+def _placed(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else ()
+
+
+def _describe(tensor: Tensor) -> str:
+    if not is_dtensor(tensor):
+        return "a plain tensor"
+    return f"a DTensor with placements {tensor.placements} on {tensor.device_mesh}"
