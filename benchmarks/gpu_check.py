@@ -25,6 +25,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("resnet110", "resnet50", "vgg16", "vgg16_features")
 DTYPES = ("float32", "bfloat16")
+# Compilation of one network takes as long as all measurements of those that need none.
+TRAINED = {
+    "eager": (),
+    "compiled": (
+        *("--options", "float32", "channels_last+bfloat16+compile"),
+        *("channels_last+bfloat16+compile+cuda_graph", "tf32+compile+cuda_graph"),
+        *("--workers", "2"),
+    ),
+}
 # Small cases in which every layout and dtype runs, and every way to share a filter among threads.
 SANITIZED = ("tests/gpu/test_step_cuda.py", "-k", "every_kind_of_filter")
 
@@ -81,6 +90,25 @@ def steps(results: Path) -> list[Step]:
         benchmark = ["benchmarks/step_throughput.py", "--device", "cuda", "--model", model]
         seconds = ["--seconds", "8", "--dtype", dtype]
         plan.append(Step(stem, [python, *benchmark, *seconds, *files], 90))
+    for name, options in TRAINED.items():
+        stem = f"training_throughput_{name}"
+        files = [
+            *("--json", str(results / f"{stem}.json")),
+            *("--details", str(results / f"{stem}_details.json")),
+        ]
+        benchmark = ["benchmarks/training_throughput.py", "--device", "cuda", "--depth", "110"]
+        plan.append(Step(stem, [python, *benchmark, *options, "--seconds", "90", *files], 500))
+    for model, batch, size in (("resnet110", "128", "32"), ("resnet50", "256", "224")):
+        for cast in ((), ("--autocast", "bfloat16")):
+            stem = f"batchnorm_cost_{model}_{cast[-1] if cast else 'float32'}"
+            files = [
+                *("--json", str(results / f"{stem}.json")),
+                *("--plot", str(results / f"{stem}.png")),
+            ]
+            benchmark = ["benchmarks/batchnorm_cost.py", "--device", "cuda", "--model", model]
+            what = ["--batch", batch, "--image-size", size, *cast]
+            how = ["--channels-last", "--compile", "--memory", "24"]
+            plan.append(Step(stem, [python, *benchmark, *what, *how, *files], 550))
     return plan
 
 

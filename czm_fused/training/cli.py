@@ -15,11 +15,14 @@ from .errors import TrainingError
 from .settings import (
     AUTOCAST,
     DATASET_DEFAULTS,
+    LAST_BATCH,
     METHOD_DEFAULTS,
     Settings,
     resolve,
     resolve_resumed,
 )
+
+Checkpoint = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,13 @@ class Invocation:
     """What the command line asked for.
 
     Attributes:
-        settings: of the run, complete.
-        resumed: the checkpoint to go on from, or None.
+        runs: to train together: the settings of each, complete, and the checkpoint to go on from,
+            or None.
+        to_resume: the options of `czm-train` that go on with them.
     """
 
-    settings: Settings
-    resumed: dict[str, Any] | None
+    runs: list[tuple[Settings, Checkpoint | None]]
+    to_resume: str
 
 
 def parse(arguments: Sequence[str] | None = None) -> Invocation:
@@ -43,31 +47,86 @@ def parse(arguments: Sequence[str] | None = None) -> Invocation:
             that nobody asked to delete.
         SystemExit: argparse's, after printing help (status 0) or an error (status 2).
     """
-    given = vars(_parser().parse_args(arguments))
+    parser = make_parser()
+    parser.add_argument(
+        "--parallel-seeds",
+        type=int,
+        metavar="K",
+        default=1,
+        help="train K seeds from --seed on together on one device, on a GPU each in a stream of "
+        "its own; each ends as it would alone, in a folder of its own: s<seed> in --out (default: "
+        "1). Resumes with the same K",
+    )
+    given = vars(parser.parse_args(arguments))
+    count = given.pop("parallel_seeds")
     overwrite = given.pop("overwrite", False)
-    if "resume" in given:
-        place = Path(given.pop("resume") or resolve(given).out)
-        source = place if place.is_dir() else place.parent
-        resumed = checkpoint.load(place)
-        settings = resolve_resumed({"out": str(source), **given}, resumed["settings"])
-    else:
-        source = None
-        resumed = None
-        settings = resolve(given)
-    out = Path(settings.out)
-    goes_on_in_place = source is not None and out.resolve() == source.resolve()
-    if (out / checkpoint.FILE_NAME).exists() and not goes_on_in_place and not overwrite:
+    if count < 1:
+        raise TrainingError(f"--parallel-seeds must be at least 1, but was {count}")
+    if count > 1:
+        return _several(given, count, overwrite)
+    if "resume" not in given:
+        return _of_one(resolve(given), None, overwrite)
+    place = Path(given.pop("resume") or resolve(given).out)
+    source = place if place.is_dir() else place.parent
+    resumed = checkpoint.load(place)
+    settings = resolve_resumed({"out": str(source), **given}, resumed["settings"])
+    goes_on_in_place = Path(settings.out).resolve() == source.resolve()
+    return _of_one(settings, resumed, overwrite or goes_on_in_place)
+
+
+def _of_one(settings: Settings, resumed: Checkpoint | None, may_replace: bool) -> Invocation:
+    _check_free(settings, may_replace)
+    return Invocation([(settings, resumed)], f"--resume {settings.out}")
+
+
+def _several(given: dict[str, Any], count: int, overwrite: bool) -> Invocation:
+    """Return the runs of `count` seeds, those of them resumed that have a checkpoint."""
+    resumes = "resume" in given
+    parent = given.pop("resume", None) or given.get("out")
+    first = given.get("seed", 0)
+    each_given = [{**given, "seed": seed} for seed in range(first, first + count)]
+    if parent is not None:
+        for each in each_given:
+            each["out"] = str(Path(parent, f"s{each['seed']}"))
+    places = [Path(resolve(each).out) for each in each_given]
+    found = [
+        checkpoint.load(place) if resumes and (place / checkpoint.FILE_NAME).exists() else None
+        for place in places
+    ]
+    if resumes and not any(found):
+        raise TrainingError(f"no checkpoint in {places[0]} or its like: start without --resume")
+    runs = []
+    for each, place, resumed in zip(each_given, places, found, strict=True):
+        # Killed early, some runs have not begun: their settings are those of the others.
+        known = resumed or next(filter(None, found), None)
+        if known is None:
+            settings = resolve(each)
+        else:
+            seed, out = each["seed"], str(place)
+            saved = {**known["settings"], "seed": seed, "out": out}
+            settings = resolve_resumed({**each, "out": out}, saved)
+        _check_free(settings, overwrite or resumed is not None)
+        runs.append((settings, resumed))
+    where = "" if parent is None else f" {parent}"
+    return Invocation(runs, f"--resume{where} --seed {first} --parallel-seeds {count}")
+
+
+def _check_free(settings: Settings, may_replace: bool) -> None:
+    out = settings.out
+    if (Path(out) / checkpoint.FILE_NAME).exists() and not may_replace:
         raise TrainingError(
             f"--out {out} holds a run: continue it with --resume {out}, "
             "replace it with --overwrite, or choose another folder"
         )
-    return Invocation(settings, resumed)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of a run's options; its namespace holds only those that were given."""
     parser = argparse.ArgumentParser(
         prog="czm-train",
-        usage="czm-train [options]",
+        usage="czm-train [options]\n"
+        "       czm-train table1 --help (the paper's Table 1)\n"
+        "       czm-train figures --help (its figures)",
         description="Train a CIFAR residual network without BatchNorm (arXiv 1911.13173), or with.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -160,6 +219,12 @@ def _add_optimization(group: Any) -> None:
         metavar="A",
         help="residual units' inputs are multiplied by U(1-A, 1+A); " + _by_method("noise"),
     )
+    group.add_argument(
+        "--last-batch",
+        choices=LAST_BATCH,
+        help="an epoch's last batch, where it is less than half of --batch-size: join it to the "
+        "one before, or keep it, however few its images (default: join)",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="default: 0")
 
 
@@ -177,6 +242,22 @@ def _add_where_to_run(group: Any) -> None:
         "--autocast",
         choices=AUTOCAST,
         help="compute convolutions in bfloat16; weights stay float32 (default: off)",
+    )
+    group.add_argument(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        help="let GPUs round the factors of float32 products to TF32's 10 bits (default: no)",
+    )
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="run full batches through torch.compile, in training (default: no)",
+    )
+    group.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        help="make the step of a full batch one CUDA graph, from augmentation to optimizer "
+        "(default: no)",
     )
     group.add_argument(
         "--backend",
@@ -197,8 +278,8 @@ def _add_where_to_run(group: Any) -> None:
         nargs="?",
         const=None,
         metavar="CHECKPOINT",
-        help="go on from a checkpoint or a run's folder (default: --out); its settings apply, "
-        "--epochs and the options of this group may change",
+        help="go on from a checkpoint or a run's folder (default: --out); its settings apply; "
+        "--epochs, --device, --backend, --cuda-graph, --workers and --out may change",
     )
     group.add_argument(
         "--overwrite", action="store_true", help="replace the run that --out holds, if any"

@@ -3,3 +3,7 @@
 
 class TrainingError(Exception):
     """A run cannot start or go on; the message says what was wrong and what would do."""
+
+
+class DivergedError(TrainingError):
+    """The loss became infinite or NaN: the end of a run, and a result."""

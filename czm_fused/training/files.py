@@ -31,9 +31,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
     except BaseException as error:
         draft.unlink(missing_ok=True)
-        # torch.save reports a full disk as a RuntimeError.
+        # torch.save turns a full disk's OSError into a RuntimeError that does not speak of it.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
         if isinstance(error, (OSError, RuntimeError)):
-            raise TrainingError(f"cannot write {path}: {error}") from error
+            raise TrainingError(f"cannot write {path}: {reason}") from error
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ def quantiles(values: Tensor) -> dict[str, float]:
     levels = torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
     found = torch.quantile(values.double().cpu(), levels).tolist()
     return dict(zip(QUANTILES, found, strict=True))
+
+
+def collapsed(norms: Tensor) -> float:
+    """Return the share of filters whose norm is below 0.1 of the median norm, 0 to 1.
+
+    Args:
+        norms: of all filters, `(filters,)`.
+    """
+    return float((norms < 0.1 * norms.median()).double().mean())
 
 
 class MetricsLog:
@@ -51,14 +61,16 @@ class MetricsLog:
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(_line(record))
+            for name, value in _flatten(record):
+                self._events.add_scalar(name, value, record["epoch"])
+            self._events.flush()
         except OSError as error:
-            raise TrainingError(f"cannot write {self.path}: {error}") from error
-        for name, value in _flatten(record):
-            self._events.add_scalar(name, value, record["epoch"])
-        self._events.flush()
+            raise TrainingError(f"cannot write into {self.path.parent}: {error}") from error
 
     def close(self) -> None:
-        self._events.close()
+        # What a full disk kept from being written was reported by `add`.
+        with suppress(OSError):
+            self._events.close()
 
 
 def describe(record: dict[str, Any], epochs: int) -> str:

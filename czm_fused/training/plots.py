@@ -15,7 +15,7 @@ def plot_accuracy(path: Path, history: Sequence[dict[str, Any]], *, title: str) 
     Args:
         history: the run's metrics, one record an epoch.
     """
-    figure, axes = _figure(title, "accuracy, %")
+    figure, (axes,) = panels(title, ["accuracy, %"])
     epochs = [record["epoch"] for record in history]
     for part in ("train", "test"):
         axes.plot(epochs, [record[f"{part}_accuracy"] for record in history], ".-", label=part)
@@ -28,7 +28,7 @@ def plot_accuracy(path: Path, history: Sequence[dict[str, Any]], *, title: str) 
         horizontalalignment="right",
     )
     axes.legend(loc="lower right")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_filters(path: Path, history: Sequence[dict[str, Any]], *, title: str) -> None:
@@ -37,7 +37,7 @@ def plot_filters(path: Path, history: Sequence[dict[str, Any]], *, title: str) -
     Args:
         history: the run's metrics, one record an epoch.
     """
-    figure, axes = _figure(title, "filter magnitude ‖V‖")
+    figure, (axes,) = panels(title, ["filter magnitude ‖V‖"])
     epochs = [record["epoch"] for record in history]
     norms = {
         name: [record["filter_norms"][name] for record in history]
@@ -52,21 +52,29 @@ def plot_filters(path: Path, history: Sequence[dict[str, Any]], *, title: str) -
     axes.plot(epochs, norms["p50"], ".-", color="C0", label="median")
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper right")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _figure(title: str, quantity: str) -> tuple[Any, Any]:
+def panels(title: str, quantities: Sequence[str]) -> tuple[Any, list[Any]]:
+    """Return a figure with a panel over the epochs for each quantity, and the panels' axes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(quantity)
-    axes.grid(alpha=0.3)
-    return figure, axes
+    figure = Figure(figsize=(7 if len(quantities) == 1 else 6 * len(quantities), 4.2))
+    figure.set_layout_engine("constrained")
+    figure.suptitle(title)
+    row = list(figure.subplots(1, len(quantities), squeeze=False)[0])
+    for axes, quantity in zip(row, quantities, strict=True):
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(quantity)
+        axes.grid(alpha=0.3)
+    return figure, row
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write `figure` into the PNG file `path`.
+
+    Raises:
+        TrainingError: the file cannot be written.
+    """
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)

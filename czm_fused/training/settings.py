@@ -52,18 +52,27 @@ _PHOTOGRAPHS = {
     "flip": True,
 }
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
-    # 898 images in batches of 128, 64 or 32 leave a last one of 2, whose step derails it.
     "digits": {"depth": 20, "epochs": 40, "batch_size": 50, "crop_padding": 1, "flip": False},
     "imagefolder": _PHOTOGRAPHS,
     "cifar10": _PHOTOGRAPHS,
 }
 
 AUTOCAST = ("off", "bfloat16")
+LAST_BATCH = ("join", "keep")
 
 _LEAST = {"epochs": 1, "batch_size": 1, "crop_padding": 0, "seed": 0, "workers": 0}
 
 # Where and how a run computes, not what: these may change when it is resumed.
-_FREE_ON_RESUME = {"epochs", "device", "backend", "out", "data_dir", "download", "workers"}
+FREE_ON_RESUME = {
+    "epochs",
+    "device",
+    "backend",
+    "cuda_graph",
+    "out",
+    "data_dir",
+    "download",
+    "workers",
+}
 
 
 @dataclass(frozen=True)
@@ -75,9 +84,14 @@ class Settings:
         milestones: the learning rates are multiplied by 0.1 after each of these epochs.
         crop_padding: pixels; images are cropped at random from their zero-padded selves.
         flip: whether images are mirrored left to right at random.
+        last_batch: what becomes of an epoch's last batch where it is less than half a batch:
+            `"join"` adds it to the one before, `"keep"` leaves it.
         channels_last: whether weights and images have their channels innermost in memory.
         autocast: `"bfloat16"`, what convolutions and the classifier compute in, or `"off"`;
             weights, gradients and the optimizer's state are float32 either way.
+        tf32: whether a GPU may round the factors of float32 products to 10 bits.
+        compile: whether torch.compile makes the network of full batches, in training.
+        cuda_graph: whether the step of full batches is one CUDA graph.
     """
 
     method: str
@@ -97,9 +111,13 @@ class Settings:
     residual_bias: bool
     crop_padding: int
     flip: bool
+    last_batch: str
     seed: int
     channels_last: bool
     autocast: str
+    tf32: bool
+    compile: bool
+    cuda_graph: bool
     device: str
     backend: str
     workers: int
@@ -151,9 +169,13 @@ def resolve(given: dict[str, Any]) -> Settings:
         "method": method,
         "dataset": dataset,
         "momentum": 0.9,
+        "last_batch": "join",
         "seed": 0,
         "channels_last": False,
         "autocast": "off",
+        "tf32": False,
+        "compile": False,
+        "cuda_graph": False,
         "device": "auto",
         "backend": "auto",
         "workers": 0,
@@ -192,7 +214,7 @@ def resolve_resumed(given: dict[str, Any], saved: dict[str, Any]) -> Settings:
         raise TrainingError("the checkpoint was written by another version of czm-train")
     for name, value in given.items():
         value = list(value) if isinstance(value, tuple) else value
-        if name not in _FREE_ON_RESUME and value != saved[name]:
+        if name not in FREE_ON_RESUME and value != saved[name]:
             raise TrainingError(
                 f"the checkpoint was trained with {option(name)} {saved[name]}, not {value}: "
                 "leave the option out, or start without --resume"

@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-QUICK = ["--depth", "8", "--epochs", "4", "--device", "cpu", "--batch-size", "256"]
+from czm_fused.training import checkpoint
+
+QUICK = ["--depth", "8", "--epochs", "4", "--device", "cpu", "--batch-size", "200"]
 
 
 def png(pixels):
@@ -44,3 +46,12 @@ def assert_same(actual, expected):
             assert_same(*pair)
     else:
         assert actual == expected
+
+
+def trained_state(folder):
+    """Return what a run's checkpoint holds but for times, which differ between equal runs."""
+    state = checkpoint.load(folder)
+    for group in state["trainer"]["optimizer"]["param_groups"]:
+        # torch adds this to the defaults of an optimizer that was loaded.
+        group.pop("differentiable", None)
+    return {"trainer": state["trainer"], "history": without_times(state["history"])}

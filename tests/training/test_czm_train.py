@@ -22,6 +22,8 @@ METRICS = {
     "test_loss",
     "test_accuracy",
     "filter_norms",
+    "collapsed_filters",
+    "rejection_db",
     "images_per_second",
     "seconds",
 }
@@ -58,7 +60,9 @@ def test_run_leaves_metrics_summary_and_pictures(train, tmp_path, method):
 
 def test_run_reports_the_final_epoch_and_never_the_best(train, tmp_path, monkeypatch):
     accuracies = iter([20.0, 90.0, 30.0, 10.0])
-    monkeypatch.setattr(Trainer, "test", lambda *_: (1.0, next(accuracies)))
+    monkeypatch.setattr(
+        "czm_fused.training.run.test", lambda trainers, _: [(1.0, next(accuracies))]
+    )
     _, out, _ = train()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_accuracy"] == 10.0
     assert "10.00 % test accuracy" in out
@@ -116,23 +120,34 @@ def test_head_and_anchor_settings_reach_the_optimizer(tmp_path):
     assert trainer.lr == 0.3
 
 
-def test_every_training_image_is_seen_once_an_epoch(monkeypatch):
+@pytest.mark.parametrize(
+    ("size", "last_batch", "sizes"),
+    [
+        (128, "join", [128, 172]),
+        (128, "keep", [128, 128, 44]),
+        (120, "join", [120, 120, 60]),
+        (500, "join", [300]),
+    ],
+)
+def test_every_training_image_is_seen_once_an_epoch(monkeypatch, size, last_batch, sizes):
     from czm_fused.training import data
     from czm_fused.training.settings import resolve
 
-    settings = resolve({"depth": 8, "batch_size": 128, "crop_padding": 0})
+    settings = resolve(
+        {"depth": 8, "batch_size": size, "last_batch": last_batch, "crop_padding": 0}
+    )
     digits = data.digits()
     trainer = Trainer(settings, digits, torch.device("cpu"))
     seen = []
 
     def look(self, pixels, labels):
         seen.append(pixels)
-        return torch.tensor(1.0), torch.nn.functional.one_hot(labels, 10)
+        return torch.tensor(1.0), torch.tensor(len(labels))
 
     monkeypatch.setattr(Trainer, "_train_step", look)
     trainer.optimizer.step()  # the scheduler warns where no step came before it
     assert trainer.train_epoch() == (1.0, 100.0)
-    assert [len(pixels) for pixels in seen] == [128, 128, 44]
+    assert [len(pixels) for pixels in seen] == sizes
     rows = torch.cat(seen).flatten(1).tolist()
     assert sorted(rows) == sorted(digits.train.pixels.flatten(1).tolist())
     assert rows != digits.train.pixels.flatten(1).tolist()
@@ -174,6 +189,8 @@ def fails(train, tmp_path, *options, **keywords):
         (["--zmg", "1.5"], ["zmg", "1.5"]),
         (["--noise", "1"], ["noise", "1"]),
         (["--method", "bn", "--zmg", "0.5"], ["--zmg", "bn"]),
+        (["--cuda-graph"], ["--cuda-graph needs --device cuda", "leave it out"]),
+        (["--tf32"], ["--tf32 needs --device cuda", "leave it out"]),
         (["--resume"], ["no checkpoint", "--resume"]),
     ],
 )
@@ -252,8 +269,8 @@ def test_diverging_run_stops_and_keeps_the_last_checkpoint(train, tmp_path, monk
     calls = iter(range(100))
 
     def step(self, pixels, labels):
-        loss, outputs = whole_step(self, pixels, labels)
-        return (loss * math.nan if next(calls) == 3 else loss), outputs
+        loss, hits = whole_step(self, pixels, labels)
+        return (loss * math.nan if next(calls) == 3 else loss), hits
 
     monkeypatch.setattr(Trainer, "_train_step", step)
     status, _, err = train("--method", method)

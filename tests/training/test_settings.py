@@ -37,6 +37,12 @@ def test_resolve_puts_milestones_at_half_and_three_quarters(epochs, milestones):
     assert resolve({"epochs": epochs}).milestones == milestones
 
 
+def test_resolve_leaves_options_of_speed_off():
+    settings = resolve({})
+    assert not (settings.channels_last or settings.tf32 or settings.compile or settings.cuda_graph)
+    assert settings.autocast == "off"
+
+
 def test_resolve_keeps_what_was_given():
     given = {"lr": 0.3, "luma": 1e-3, "milestones": [5], "out": "somewhere", "noise": 0.0}
     settings = resolve(given)
@@ -76,12 +82,22 @@ def test_resolve_refuses_what_cannot_be(given, message):
 
 def test_resolve_resumed_takes_the_checkpoints_settings():
     saved = resolve({"depth": 8, "lr": 0.3, "milestones": [1, 2]}).as_dict()
-    settings = resolve_resumed({"depth": 8, "milestones": [1, 2], "epochs": 50}, saved)
-    assert settings.as_dict() == {**saved, "epochs": 50}
+    may_change = {"epochs": 50, "cuda_graph": True, "device": "cuda"}
+    settings = resolve_resumed({"depth": 8, "milestones": [1, 2], **may_change}, saved)
+    assert settings.as_dict() == {**saved, **may_change}
 
 
 @pytest.mark.parametrize(
-    "given", [{"depth": 14}, {"lr": 0.2}, {"method": "czmi"}, {"milestones": [3]}, {"seed": 1}]
+    "given",
+    [
+        {"depth": 14},
+        {"lr": 0.2},
+        {"method": "czmi"},
+        {"milestones": [3]},
+        {"seed": 1},
+        {"autocast": "bfloat16"},
+        {"tf32": True},
+    ],
 )
 def test_resolve_resumed_refuses_another_run(given):
     saved = resolve({"depth": 8}).as_dict()

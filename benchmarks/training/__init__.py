@@ -1,0 +1,1 @@
+"""What `training_throughput.py` compares, and how it reports."""

@@ -1,0 +1,13 @@
+"""czm-train in float64: what two ways to train agree on is then no matter of rounding."""
+
+import sys
+
+from czm_fused.training import loop
+from czm_fused.training.__main__ import main
+
+if __name__ == "__main__":
+    build = loop.build_model
+    loop.build_model = lambda *args, **kwargs: build(*args, **kwargs).double()
+    normalise = loop.Normalisation.__call__
+    loop.Normalisation.__call__ = lambda self, pixels: normalise(self, pixels).double()
+    sys.exit(main())
