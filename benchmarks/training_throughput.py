@@ -28,7 +28,7 @@ from czm_fused.training.errors import TrainingError
 # Weights stay where they are for thousands of steps.
 TIMED = {"lr": 1e-4}
 # Enough to learn something in a few steps; a compiled network draws other noise.
-CHECKED = {"lr": 0.05}
+CHECKED = {"lr": 0.01}
 
 Maker = Callable[..., agreement.Training]
 

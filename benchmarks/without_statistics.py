@@ -242,10 +242,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     rows = compare(options.steps, getattr(torch, options.dtype))
     print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
     if options.plot:
         plot(rows, options.plot)
+    if options.json:
+        # JSON has no NaN.
+        for row in rows:
+            row["value"] = None if math.isnan(row["value"]) else row["value"]
+        options.json.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
     return 0
 
 

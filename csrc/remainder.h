@@ -1,6 +1,8 @@
 // A float32 weight kept in two halves: the parameter, bfloat16 or float16, which is the weight rounded,
 // and an int16, how far apart the bits of the two are. A weight that is more than that from its
-// parameter (a tie that rounded down, or a float16 below 2^-17) loses what does not fit.
+// parameter (a tie that rounded down, or a float16 below 2^-17) loses what does not fit. A parameter
+// that was set from outside keeps the remainder it had; on a zero, whose bits have none below, it must
+// not borrow from the sign.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +14,7 @@ namespace czm {
 inline namespace CZM_ARCH {
 
 CZM_INLINE float add_remainder(float param, int16_t remainder) {
+  if (param == 0 && remainder < 0) return param;
   uint32_t bits;
   std::memcpy(&bits, &param, sizeof bits);
   bits += uint32_t(int32_t(remainder));

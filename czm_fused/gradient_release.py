@@ -83,7 +83,8 @@ class _ParamStep:
 
 
 def _refuse_scaled_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if getattr(optimizer, "grad_scale", None) is not None:
+    # A GradScaler hands it over, whether it has unscaled the gradients itself or not.
+    if hasattr(optimizer, "found_inf"):
         raise RuntimeError(
             "the gradients of this optimizer are released in backward, where a GradScaler cannot "
             "unscale them, so this step has been taken with scaled ones; train in bfloat16, which "

@@ -34,6 +34,7 @@ HYPER_PARAMETERS = (
     "luma",
     "exp_scale",
     "master_weights",
+    "capturable",
 )
 """What a group of `FusedCZMSGD` can set."""
 

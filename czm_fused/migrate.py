@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import io
 import os
 import sys
+import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -65,7 +67,25 @@ def migrate(source: str, *, model: str | None = None, from_pretrained: bool | No
         raise MigrationError(f"line {call.lineno}: the optimizer is made among several {name}")
     text.insert_line_after(after, convert)
     text.insert_line_after(_last_import(tree), IMPORT)
-    return text.edited()
+    edited = text.edited()
+    if not _is_python(edited) or _comments(edited) != _comments(source):
+        raise MigrationError(
+            f"line {call.lineno}: comments stand among the optimizer's arguments; move them above"
+        )
+    return edited
+
+
+def _is_python(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        return False
+    return True
+
+
+def _comments(source: str) -> list[str]:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return [token.string for token in tokens if token.type == tokenize.COMMENT]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -184,6 +184,7 @@ class FusedCZMSGD(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group.setdefault("capturable", False)
+            group.setdefault("master_weights", False)
             _make_capturable(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -273,7 +274,12 @@ class FusedCZMSGD(Optimizer):
             plan = self._plan = OptimizerPlan(
                 self.param_groups, self.state, params, rows, self.backend
             )
-        plan.run(grads, grad_scale, found_inf)
+        try:
+            plan.run(grads, grad_scale, found_inf)
+        except Exception:
+            # What was refused must be looked at whole again.
+            self._plan = None
+            raise
         torch.autograd.graph.increment_version(params)
         return loss
 

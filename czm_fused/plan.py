@@ -278,7 +278,10 @@ def _init_state(state: dict[str, Any], param: Tensor, kind: int) -> None:
             state["log_scale"] = sharding.per_filter(log_scale, param)
         if kind & HAS_MOMENTUM and "log_scale_momentum_buffer" not in state:
             state["log_scale_momentum_buffer"] = torch.zeros_like(state["log_scale"], dtype=real)
-    if kind & HAS_REMAINDER and "param_remainder" not in state:
+    if not kind & HAS_REMAINDER:
+        # It would be of other weights when it is wanted again.
+        state.pop("param_remainder", None)
+    elif "param_remainder" not in state:
         state["param_remainder"] = torch.zeros_like(
             param, dtype=torch.int16, memory_format=torch.preserve_format
         )

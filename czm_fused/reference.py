@@ -50,10 +50,14 @@ def subtract_spatial_mean(grad: Tensor, zmg: float | Tensor) -> Tensor:
 def exact_param(param: Tensor, remainder: Tensor) -> Tensor:
     """Return the float32 weights that `set_param_` has split.
 
+    A weight that was set from outside keeps the remainder it had, at most half a unit in its last
+    place; a zero, whose bits have none below them, keeps no negative one.
+
     Args:
         param: bfloat16 or float16.
         remainder: int16, of the same shape.
     """
+    remainder = remainder.where((param != 0) | (remainder > 0), 0)
     return (param.to(torch.float32).view(torch.int32) + remainder).view(torch.float32)
 
 

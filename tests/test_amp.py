@@ -211,3 +211,34 @@ def test_benchmark_shows_what_stalls(monkeypatch, tmp_path):
     apart = {name: row["distance_to_float32"] for name, row in rows.items()}
     assert apart["float32"] == 0
     assert apart["bfloat16, master_weights"] < 0.05 < 0.5 < apart["bfloat16"]
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", HALVES)
+def test_weights_set_to_zero_from_outside_stay_numbers(dtype, backend):
+    """A zero's bits have none below them that a negative remainder could take."""
+    model = network().to(dtype)
+    optimizer = FusedCZMSGD(model.parameters(), **CZM, master_weights=True, backend=backend)
+    for seed in range(3):
+        train_step(model, optimizer, seed)
+    with torch.no_grad():
+        for param in model.parameters():
+            assert (optimizer.state[param]["param_remainder"] < 0).any()
+            param.view(-1)[: 1 + param.numel() // 2] = 0
+    train_step(model, optimizer, 3)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_remainders_go_with_the_option():
+    """They would be of other weights when it is turned on again."""
+    model = network().to(torch.bfloat16)
+    optimizer = FusedCZMSGD(model.parameters(), **CZM, master_weights=True)
+    train_step(model, optimizer, 0)
+    optimizer.param_groups[0]["master_weights"] = False
+    train_step(model, optimizer, 1)
+    assert not any("param_remainder" in state for state in optimizer.state.values())
+
+
+def train_step(model, optimizer, seed):
+    backward(model, seed)
+    optimizer.step()

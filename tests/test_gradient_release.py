@@ -148,11 +148,14 @@ def test_waiting_gradients_and_other_optimizers_are_refused():
         GradientRelease(torch.optim.SGD(model.parameters()))
 
 
-def test_a_grad_scaler_is_refused():
+@pytest.mark.parametrize("scale", [None, 2.0], ids=["unscaled", "scaled"])
+def test_a_grad_scaler_is_refused(scale):
     model = network()
     optimizer = FusedCZMSGD(model.parameters(), **CZM, backend=BACKENDS[-1])
     release = GradientRelease(optimizer)
-    optimizer.grad_scale = torch.tensor(2.0)
+    # So torch hands them over: no scale if it has unscaled the gradients itself.
+    optimizer.grad_scale = None if scale is None else torch.tensor(scale)
+    optimizer.found_inf = torch.zeros(())
     with pytest.raises(RuntimeError, match="a GradScaler cannot unscale them"):
         optimizer.step()
     release.remove()

@@ -245,3 +245,10 @@ def test_command_line(tmp_path, capsys):
     assert script.read_text() == MIGRATED
     assert main([str(tmp_path / "none.py")]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["train.py"]
+
+
+def test_comments_among_arguments_are_not_lost():
+    arguments = "model.parameters(),  # first, of all\n    weight_decay=1e-4"
+    source = f"from torch import optim\nmodel = build()\nopt = optim.SGD({arguments})\n"
+    with pytest.raises(MigrationError, match="line 3: comments stand among"):
+        migrate(source)

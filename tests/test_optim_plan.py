@@ -100,3 +100,25 @@ def test_luma_on_the_rest_leaves_transposed_convolutions_alone():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert_equal(model[1].weight.detach(), before)
+
+
+def test_a_parameter_reshaped_where_it_lies_is_noticed():
+    (param,), optimizer = stepped((8, 4, 3, 3))
+    param.grad = None
+    param.data = param.data.view(4, 8, 3, 3)
+    set_grads([param])
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match="momentum_buffer has shape"):
+        optimizer.step()
+    assert_equal([param.detach()], [before])
+
+
+def test_what_was_refused_is_refused_again():
+    (param,), optimizer = stepped((4, 6))
+    # Of the size that the plan wants, but not of the shape.
+    param.data = torch.randn(6, 4)
+    before = param.detach().clone()
+    for _ in range(2):
+        with pytest.raises((RuntimeError, ValueError)):
+            optimizer.step()
+    assert_equal([param.detach()], [before])

@@ -25,23 +25,30 @@ bool has_dtype(const Tensor& t, int64_t dtype) {
   }
 }
 
-// `layouts` holds, for each gradient: dtype, numel, number of strides, strides. None means contiguous.
+// `layouts` holds, for each gradient: dtype, dim, sizes, number of strides, strides. None means
+// contiguous.
 bool read_gradients(Tensor layouts, std::vector<Tensor> grads, Tensor addresses) {
   STD_TORCH_CHECK(addresses.numel() == static_cast<int64_t>(grads.size()), "czm_fused: ",
                   grads.size(), " gradients for ", addresses.numel(), " addresses");
-  const int64_t* expected = layouts.const_data_ptr<int64_t>();
-  const int64_t* const end = expected + layouts.numel();
+  const int64_t* next = layouts.const_data_ptr<int64_t>();
+  const int64_t* const end = next + layouts.numel();
+  const auto take = [&](int64_t count) {
+    STD_TORCH_CHECK(count >= 0 && end - next >= count, "czm_fused: too few layouts for ",
+                    grads.size(), " gradients");
+    next += count;
+    return next - count;
+  };
+  const auto take_list = [&] {
+    const int64_t size = *take(1);
+    return torch::headeronly::IntHeaderOnlyArrayRef(take(size), size_t(size));
+  };
   int64_t* address = addresses.mutable_data_ptr<int64_t>();
   for (const Tensor& grad : grads) {
-    STD_TORCH_CHECK(end - expected >= 3 && end - expected >= 3 + expected[2],
-                    "czm_fused: too few layouts for ", grads.size(), " gradients");
-    const int64_t dtype = expected[0], numel = expected[1], dim = expected[2];
-    const int64_t* const strides = expected + 3;
-    expected = strides + dim;
+    const int64_t dtype = *take(1);
+    const auto sizes = take_list(), strides = take_list();
     if (grad.layout() != torch::headeronly::Layout::Strided || !has_dtype(grad, dtype) ||
-        grad.numel() != numel)
-      return false;
-    if (dim == 0 ? !grad.is_contiguous() : !grad.strides().equals({strides, size_t(dim)}))
+        !grad.sizes().equals(sizes) ||
+        (strides.empty() ? !grad.is_contiguous() : !grad.strides().equals(strides)))
       return false;
     *address++ = reinterpret_cast<int64_t>(grad.const_data_ptr());
   }

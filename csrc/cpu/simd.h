@@ -177,8 +177,8 @@ typedef int32_t Int32s __attribute__((vector_size(CZM_VECTOR_BYTES)));
 
 // As in remainder.h.
 inline VectorF add_remainder(VectorF param, const int16_t* remainder) {
-  return (VectorF)((Int32s)param +
-                   __builtin_convertvector(load_as<Int16s>(remainder), Int32s));
+  const Int32s apart = __builtin_convertvector(load_as<Int16s>(remainder), Int32s);
+  return (VectorF)((Int32s)param + (apart & ~((param == VectorF{}) & (apart < 0))));
 }
 
 inline void store_remainder(int16_t* to, VectorF weight, VectorF param) {

@@ -195,7 +195,8 @@ class StepPlan:
         ):
             return False
         # Torch holds a gradient to its parameter's shape, and autograd to its strides: gradients in
-        # order tell that a parameter was not cut or transposed where it lies.
+        # order tell that no parameter was reshaped where it lies. One that was transposed there,
+        # and given a gradient by hand that is not, goes unnoticed.
         self._in_order = self._read_gradients(self._grad_layouts, grads, self._grad_addresses)
         return self._in_order or [(p.shape, p.stride()) for p in params] == self._layouts
 
@@ -243,12 +244,13 @@ class StepPlan:
 
 def _layouts(tensors: Sequence[Tensor]) -> Tensor:
     """Return what gradients like `tensors` lie like, as `read_gradients` takes it: for each of them
-    the dtype, the numel, and how many strides follow: none where it must be contiguous.
+    the dtype, the sizes and the strides, each list after its length; no strides mean contiguous.
     """
     layouts: list[int] = []
     for tensor in tensors:
         strides = () if tensor.is_contiguous() else tensor.stride()
-        layouts += (DTYPES.get(tensor.dtype, -1), tensor.numel(), len(strides), *strides)
+        layouts += (DTYPES.get(tensor.dtype, -1), tensor.dim(), *tensor.shape)
+        layouts += (len(strides), *strides)
     return torch.tensor(layouts, dtype=torch.int64)
 
 

@@ -82,6 +82,11 @@ def _of_one(settings: Settings, resumed: Checkpoint | None, may_replace: bool) -
 def _several(given: dict[str, Any], count: int, overwrite: bool) -> Invocation:
     """Return the runs of `count` seeds, those of them resumed that have a checkpoint."""
     resumes = "resume" in given
+    if given.get("resume") and "out" in given:
+        raise TrainingError(
+            "--parallel-seeds goes on where it finds the runs: give --resume their folder, and no "
+            "--out"
+        )
     parent = given.pop("resume", None) or given.get("out")
     first = given.get("seed", 0)
     each_given = [{**given, "seed": seed} for seed in range(first, first + count)]

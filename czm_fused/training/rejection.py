@@ -28,5 +28,5 @@ def rejection(trainer: Trainer) -> dict[str, float]:
     for layer in diagnose(trainer.model, images, trainer.optimizer).layers:
         ratio = layer.rejection_db
         if ratio is not None and not math.isnan(ratio):
-            found[layer.name] = round(min(ratio, _MOST), 3)
+            found[layer.name] = round(max(-_MOST, min(ratio, _MOST)), 3)
     return found

@@ -98,6 +98,8 @@ def test_bad_input(tmp_path):
         parse(["--parallel-seeds", "0"])
     with pytest.raises(TrainingError, match="no checkpoint in .*s3 or its like"):
         parse(["--resume", str(tmp_path), *TOGETHER])
+    with pytest.raises(TrainingError, match="give --resume their folder, and no --out"):
+        parse(["--resume", str(tmp_path), "--out", str(tmp_path / "other"), *TOGETHER])
     train(*QUICK, "--epochs", "1", "--seed", "4", "--out", tmp_path / "s4")
     with pytest.raises(TrainingError, match="s4 holds a run"):
         parse([*QUICK, *TOGETHER, "--out", str(tmp_path)])

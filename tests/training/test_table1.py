@@ -417,3 +417,11 @@ def test_help_names_the_rows(capsys):
         out = capsys.readouterr().out
         assert f"czm-train {command}" in out
         assert (CZMIG in out) == (command == "table1")
+
+
+def test_folder_of_a_sweep_killed_at_its_start_is_taken(table1, tmp_path):
+    folder = SweepFolder(tmp_path / "sweep")
+    folder.path.mkdir()
+    (folder.path / "sweep.json.tmp").write_text("{")
+    folder.open({})
+    assert (folder.path / "sweep.json").exists()

@@ -161,6 +161,7 @@ def _load_weight(weights, remainders, offsets, mask, REAL: tl.constexpr, SPLIT: 
     weight = tl.load(weights + offsets, mask=mask, other=0.0).to(REAL)
     if SPLIT:
         remainder = tl.load(remainders + offsets, mask=mask, other=0)
+        remainder = tl.where((weight == 0) & (remainder < 0), 0, remainder)
         weight = (weight.to(tl.int32, bitcast=True) + remainder).to(tl.float32, bitcast=True)
     return weight
 

@@ -27,14 +27,14 @@ def table1(arguments: Sequence[str]) -> None:
         if value < 1:
             raise TrainingError(f"--{name} must be at least 1, but was {value}")
     rows = find(known.rows) if known.rows else list(TABLE1)
-    require("scipy")
+    require("scipy", "filelock")
     from .report import write_report
 
     folder = SweepFolder(Path(known.out))
     if known.report:
         print(write_report(folder))
         return
-    require("filelock", "tqdm", "matplotlib", "tensorboard")
+    require("tqdm", "matplotlib", "tensorboard")
     from .runner import Sweep
 
     folder.open(given)

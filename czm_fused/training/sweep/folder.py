@@ -53,7 +53,7 @@ class SweepFolder:
             if (self.path / PROTOCOL).exists():
                 self._check(protocol)
                 return
-            if {file.name for file in self.path.iterdir()} - {_SWEEP_LOCK}:
+            if {file.name for file in self.path.iterdir()} - {_SWEEP_LOCK, f"{PROTOCOL}.tmp"}:
                 raise TrainingError(
                     f"--out {self.path} holds files and no {PROTOCOL}: choose an empty folder"
                 )
