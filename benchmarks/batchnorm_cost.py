@@ -16,7 +16,7 @@ from batchnorm import agreement, counting, memory, parallel, results
 from batchnorm.networks import METHODS, NETWORKS, unavailable
 from batchnorm.training import Precision, Training, time_all
 from throughput import report
-from throughput.arguments import at_least, output, positive
+from throughput.arguments import at_least, output, positive, present_device
 
 COMPILE_BACKENDS = ("inductor", "aot_eager_decomp_partition")
 
@@ -192,9 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and return its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device on this machine")
+    device = present_device(parser, options.device)
     if options.memory and device.type != "cuda":
         parser.error("--memory needs --device cuda: a CPU's memory has no limit of its own")
     if options.threads:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from throughput import agreement, cuda, models, report, timing
-from throughput.arguments import output, positive
+from throughput.arguments import output, positive, present_device
 from throughput.providers import (
     Provider,
     Settings,
@@ -203,9 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 1 if a provider disagrees with the oracle or an extra fails."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device on this machine")
+    device = present_device(parser, options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from throughput import report, timing
-from throughput.arguments import at_least, output, positive
+from throughput.arguments import at_least, output, positive, present_device
 from training import agreement, gpu, images, results
 from training.czm import CZMTraining
 from training.options import Options, combinations
@@ -165,10 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 1 if a training does not train what it should."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = present_device(parser, options.device)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            parser.error("--device cuda: torch finds no CUDA device on this machine")
         device = torch.device("cuda", torch.cuda.current_device())
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -34,7 +34,6 @@ def test_blocks(page, tmp_path, monkeypatch):
 
 @needs_pages
 def test_options_of_czm_train_exist(capsys):
-    pytest.importorskip("czm_fused.training")
     from czm_fused.training.__main__ import COMMANDS, main
 
     known = set()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from czm_fused import FusedCZMSGD
 from czm_fused.groups import SETTINGS, ParamGroups, czm_param_groups
 from czm_fused.nn import CZMConv2d, exp_scale
 
@@ -204,11 +205,10 @@ def test_torch_optimizers_take_the_groups_and_keep_names_through_a_state_dict():
 
 
 def test_fused_czm_sgd_takes_the_groups():
-    optim = pytest.importorskip("czm_fused.optim")
     network = Network()
     before = {name: parameter.clone() for name, parameter in network.named_parameters()}
     groups = czm_param_groups(network, stem="reader", overrides={"rest": {"lr": 0.01}})
-    optimizer = optim.FusedCZMSGD(groups, lr=0.1, momentum=0.9)
+    optimizer = FusedCZMSGD(groups, lr=0.1, momentum=0.9)
     network(torch.randn(2, 3, 4, 4)).square().sum().backward()
     optimizer.step()
     moved = {n for n, p in network.named_parameters() if not torch.equal(p, before[n])}

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def positive(kind: type) -> Callable[[str], Any]:
     """Return the argument type of numbers above 0."""
@@ -24,6 +26,14 @@ def output(text: str) -> Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
     return path
+
+
+def present_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    """Return the device that `--device` names; end the program if this machine has none."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device on this machine")
+    return device
 
 
 def _number(kind: type, accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:

@@ -60,6 +60,15 @@ def assert_near(model, single):
         assert (full(p.detach()) - q.detach()).abs().max() <= bound
 
 
+def step_alike(parallel, optimizer, single, plain, x):
+    """Step by the whole batch `x`: both ranks together, and the single process."""
+    loss_of(parallel, own_part(x)).backward()
+    optimizer.step()
+    plain.zero_grad()
+    loss_of(single, x).backward()
+    plain.step()
+
+
 @on_both_ranks
 def test_ddp_is_the_single_process_with_the_whole_batch():
     for wrap in ({}, {"gradient_as_bucket_view": True}):
@@ -67,13 +76,8 @@ def test_ddp_is_the_single_process_with_the_whole_batch():
         parallel = DistributedDataParallel(model, **wrap)
         optimizer, plain = optimizer_of(parallel), optimizer_of(single)
         for step in range(STEPS):
-            x = batch(step)
             optimizer.zero_grad(set_to_none=not wrap)
-            loss_of(parallel, own_part(x)).backward()
-            optimizer.step()
-            plain.zero_grad()
-            loss_of(single, x).backward()
-            plain.step()
+            step_alike(parallel, optimizer, single, plain, batch(step))
         assert_near(model, single)
 
 
@@ -190,13 +194,8 @@ def test_zero_redundancy():
     optimizer = ZeroRedundancyOptimizer(czm_param_groups(model), FusedCZMSGD, **OPTIONS)
     plain = optimizer_of(single)
     for step in range(STEPS):
-        x = batch(step)
         optimizer.zero_grad()
-        loss_of(parallel, own_part(x)).backward()
-        optimizer.step()
-        plain.zero_grad()
-        loss_of(single, x).backward()
-        plain.step()
+        step_alike(parallel, optimizer, single, plain, batch(step))
     assert_near(model, single)
 
 

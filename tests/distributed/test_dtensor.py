@@ -65,6 +65,14 @@ def assert_same(whole, single, parts, sharded):
                 assert (value.device_mesh, value.placements) == (q.device_mesh, q.placements)
 
 
+def step_alike(whole, single, parts, sharded):
+    """Three steps of the parameters and of their parts, by the same gradients."""
+    for _ in range(3):
+        set_grads(whole, parts)
+        single.step()
+        sharded.step()
+
+
 @on_both_ranks
 def test_a_sharded_step_has_the_bits_of_the_whole():
     for shape, placements, dtype, options in (
@@ -79,10 +87,7 @@ def test_a_sharded_step_has_the_bits_of_the_whole():
             whole, parts = pair(mesh(*shape), placements, dtype=dtype)
             single = FusedCZMSGD(whole, **OPTIONS, **options, backend=backend)
             sharded = FusedCZMSGD(parts, **OPTIONS, **options, backend=backend)
-            for _ in range(3):
-                set_grads(whole, parts)
-                single.step()
-                sharded.step()
+            step_alike(whole, single, parts, sharded)
             assert_same(whole, single, parts, sharded)
 
 
@@ -92,10 +97,7 @@ def test_filters_dealt_out_in_strides():
     placements = [_StridedShard(0, split_factor=1), Shard(0)]
     whole, parts = pair(mesh(2, 1), placements, ((4, 3, 3, 3), (8,)))
     single, sharded = FusedCZMSGD(whole, **OPTIONS), FusedCZMSGD(parts, **OPTIONS)
-    for _ in range(3):
-        set_grads(whole, parts)
-        single.step()
-        sharded.step()
+    step_alike(whole, single, parts, sharded)
     assert_same(whole, single, parts, sharded)
 
 
@@ -104,10 +106,7 @@ def test_plain_tensors_beside_dtensors():
     whole, parts = pair(mesh(2), [Shard(0)])
     parts[1:3] = [nn.Parameter(p.detach().clone()) for p in whole[1:3]]
     single, sharded = FusedCZMSGD(whole, **OPTIONS), FusedCZMSGD(parts, **OPTIONS)
-    for _ in range(3):
-        set_grads(whole, parts)
-        single.step()
-        sharded.step()
+    step_alike(whole, single, parts, sharded)
     assert_same(whole, single, parts, sharded)
 
 

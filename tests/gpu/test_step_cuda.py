@@ -98,12 +98,8 @@ def test_step_never_waits_for_the_device():
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def test_graph_replays_with_a_changing_rate():
-    model, expected = network(), network("cpu")
-    lr = torch.tensor(0.1, device="cuda")
-    optimizer, oracle = optimizer_of(model, lr=lr), optimizer_of(expected, "reference")
-    set_grads(model)
-    # The first step makes the plan, as any warm-up does.
+def captured(optimizer):
+    """Return a graph of a step, after one that makes the plan, as any warm-up does."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -112,6 +108,15 @@ def test_graph_replays_with_a_changing_rate():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
+    return graph
+
+
+def test_graph_replays_with_a_changing_rate():
+    model, expected = network(), network("cpu")
+    lr = torch.tensor(0.1, device="cuda")
+    optimizer, oracle = optimizer_of(model, lr=lr), optimizer_of(expected, "reference")
+    set_grads(model)
+    graph = captured(optimizer)
     set_grads(expected)
     oracle.step()
     for rate in (0.05, 0.2):
@@ -129,14 +134,7 @@ def test_graph_replays_under_a_scheduler():
     oracle = FusedCZMSGD(expected.parameters(), lr=0.125, momentum=0.9, backend="reference")
     schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (optimizer, oracle)]
     set_grads(model)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        optimizer.step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step()
+    graph = captured(optimizer)
     set_grads(expected)
     oracle.step()
     for _ in range(3):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from quick_runs import QUICK, assert_same, read_metrics, without_times
+from quick_runs import QUICK, assert_same, read_metrics, trained_state, without_times
 
 from czm_fused.training import checkpoint
 from czm_fused.training.loop import Trainer
@@ -29,14 +29,6 @@ def interrupt_at(monkeypatch, step_to_die_in):
     monkeypatch.setattr(Trainer, "_train_step", step)
 
 
-def state_of(folder):
-    state = checkpoint.load(folder)
-    for group in state["trainer"]["optimizer"]["param_groups"]:
-        # torch adds this to the defaults of an optimizer that was loaded.
-        group.pop("differentiable", None)
-    return {"trainer": state["trainer"], "history": without_times(state["history"])}
-
-
 @pytest.mark.parametrize(
     ("method", "epochs_done"), [("czmig", 0), ("czmig", 2), ("czmig", 3), ("bn", 2)]
 )
@@ -55,7 +47,7 @@ def test_resume_equals_uninterrupted(train, tmp_path, monkeypatch, method, epoch
 
     torch.manual_seed(1234)  # whatever the new process's generator holds
     assert train("--resume", tmp_path / "run", quick=[])[0] == 0
-    assert_same(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
+    assert_same(trained_state(tmp_path / "run"), trained_state(tmp_path / "whole"))
     assert without_times(read_metrics(tmp_path / "run")) == without_times(
         read_metrics(tmp_path / "whole")
     )
@@ -75,11 +67,11 @@ def test_resume_cuts_metrics_to_the_checkpoint(train, tmp_path, monkeypatch):
 
 def test_resume_of_a_complete_run_trains_no_more(train, tmp_path):
     assert train()[0] == 0
-    before = state_of(tmp_path / "run")
+    before = trained_state(tmp_path / "run")
     status, out, _ = train("--resume")
     assert status == 0
     assert "epoch 4/4" not in out
-    assert_same(state_of(tmp_path / "run"), before)
+    assert_same(trained_state(tmp_path / "run"), before)
     assert (tmp_path / "run" / "summary.json").exists()
 
 
