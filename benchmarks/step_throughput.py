@@ -19,8 +19,10 @@ import torch
 from throughput import agreement, cuda, models, report, timing
 from throughput.arguments import output, positive, present_device
 from throughput.providers import (
+    FusedCZM,
     Provider,
     Settings,
+    TorchSGD,
     available_backends,
     czm_providers,
     sgd_providers,
@@ -30,6 +32,8 @@ from czm_fused.ops.backends import BACKENDS, choose
 
 TIMED = Settings(lr=1e-6, luma=5e-4)
 """The learning rate keeps weights where they are for thousands of steps on the same gradients."""
+
+BARE_SECONDS = 5.0
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -84,6 +88,8 @@ def measure(
     synchronize = timing.synchronizer(device)
     wall, host = timing.time_rounds([p.step for p in timed], synchronize, rounds, seconds)
 
+    bare_us = _bare_times(backends, shapes, dtype, device, rounds)
+
     floor = float(np.median(wall[:, [p.name for p in rowed].index("sgd_fused")]))
     for index, provider in enumerate(timed):
         row = _row(model, provider, dtype, device, shapes, wall[:, index], floor)
@@ -98,6 +104,8 @@ def measure(
         }
         if index < len(rowed):
             detail["error_share_of_tolerance"] = shares[index]
+            if (provider.name, provider.backend) in bare_us:
+                detail["bare_p50_us"] = bare_us[provider.name, provider.backend]
         if provider.name == "czm_fused":
             detail |= timing.python_time(provider.step, synchronize, rounds)
         if device.type == "cuda":
@@ -109,6 +117,33 @@ def measure(
                 detail |= {"device_gbps": gbps, "device_share_of_copy": gbps / copy_gbps}
         results.details.append(detail)
     return results
+
+
+def _bare_times(
+    backends: Sequence[str],
+    shapes: Sequence[torch.Size],
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+) -> dict[tuple[str, str], float]:
+    """Time steps of as many tensors, of one weight each: the call itself, with warm caches.
+
+    Returns:
+        The median until `step()` returned, in microseconds, of each fused provider and backend.
+    """
+    single = [torch.Size([1] * len(shape)) for shape in shapes]
+    generator = torch.Generator().manual_seed(0)
+    weights = models.make_weights(single, dtype, device, generator)
+    grads = models.make_grads(single, dtype, device, generator)
+    fused = [backend for backend in backends if backend != "reference"]
+    steppers: list[Provider] = [FusedCZM(backend, weights, grads, TIMED) for backend in fused]
+    steppers.append(TorchSGD("sgd_fused", weights, grads, TIMED, fused=True))
+    synchronize = timing.synchronizer(device)
+    times = {}
+    for provider in steppers:
+        _, host = timing.time_rounds([provider.step], synchronize, rounds, BARE_SECONDS)
+        times[provider.name, provider.backend] = float(np.median(host))
+    return times
 
 
 def _row(
@@ -151,6 +186,8 @@ def _print(results: Results) -> None:
                 f"Python beyond the native launch {detail['python_p50_us']:.0f} us "
                 f"(launch {detail['launch_p50_us']:.0f} us)"
             )
+        if "bare_p50_us" in detail:
+            notes.append(f"tensors of one weight each {detail['bare_p50_us']:.0f} us")
         if "device_gbps" in detail:
             notes.append(
                 f"host {detail['host_p50_us']:.0f} us, device {detail['device_us']:.0f} us, "

@@ -246,14 +246,11 @@ class FusedCZMSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        for group in self.param_groups:
-            for param in group["params"]:
-                grad = param.grad
-                if grad is not None:
-                    params.append(param)
-                    grads.append(grad)
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        if type(None) in set(map(type, grads)):
+            params = [param for param in params if param.grad is not None]
+            grads = [param.grad for param in params]
 
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)

@@ -43,6 +43,8 @@ def test_step_throughput_writes_rows(step_throughput, tmp_path, capsys):
     details = json.loads(details_file.read_text())
     assert details["problems"] == []
     assert len(details["measurements"]) == len(rows)
+    bare = {row["backend"] for row in details["measurements"] if row.get("bare_p50_us", 0) > 0}
+    assert bare == {"torch"} | {row["backend"] for row in rows} - {"reference"}
     assert "sgd_fused" in capsys.readouterr().out
 
 

@@ -244,13 +244,15 @@ class StepPlan:
 
 def _layouts(tensors: Sequence[Tensor]) -> Tensor:
     """Return what gradients like `tensors` lie like, as `read_gradients` takes it: for each of them
-    the dtype, the sizes and the strides, each list after its length; no strides mean contiguous.
+    dtype, dim, sizes and strides; 0 where the size is 1 and no stride matters.
     """
     layouts: list[int] = []
     for tensor in tensors:
-        strides = () if tensor.is_contiguous() else tensor.stride()
-        layouts += (DTYPES.get(tensor.dtype, -1), tensor.dim(), *tensor.shape)
-        layouts += (len(strides), *strides)
+        strides = (
+            0 if size == 1 else stride
+            for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        layouts += (DTYPES.get(tensor.dtype, -1), tensor.dim(), *tensor.shape, *strides)
     return torch.tensor(layouts, dtype=torch.int64)
 
 

@@ -63,6 +63,16 @@ def test_gradients_unlike_their_parameter(read, grad):
 
 
 @on_every_reader
+@pytest.mark.parametrize("shape", [(4, 1, 3, 3), (1, 3, 3, 3), (4, 3, 1, 1)], ids=str)
+def test_strides_of_single_elements_do_not_matter(read, shape):
+    param = torch.ones(shape)
+    dimensions = zip(shape, param.stride(), strict=True)
+    strides = [1 if size == 1 else stride for size, stride in dimensions]
+    assert read_one(read, param, torch.empty_strided(shape, strides))
+    assert read_one(read, torch.empty_strided(shape, strides), param)
+
+
+@on_every_reader
 def test_channels_last_parameter_of_a_contiguous_gradient(read):
     assert not read_one(read, PARAM.to(memory_format=torch.channels_last), PARAM)
 
