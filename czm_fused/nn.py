@@ -152,10 +152,12 @@ class CZMBasicBlock(nn.Module):
         stride: of the first convolution and of the shortcut, 1 by default.
         amplitude: half the width of the noise on the output, in [0, 1); 0 (the default) in the
             last unit of a network. Also an attribute, which may be set at any time.
+        branch_amplitude: the same of noise on the input of this unit's convolutions alone, not the
+            shortcut's, for an input that is nowhere negative; 0 by default.
         bias: whether the convolutions have biases; False by default, as in the authors' runs.
 
     Raises:
-        ValueError: `out_channels` is less than `in_channels`, or, in `forward`, `amplitude` is
+        ValueError: `out_channels` is less than `in_channels`, or, in `forward`, an amplitude is
             outside [0, 1).
     """
 
@@ -166,6 +168,7 @@ class CZMBasicBlock(nn.Module):
         stride: int = 1,
         *,
         amplitude: float = 0.0,
+        branch_amplitude: float = 0.0,
         bias: bool = False,
     ) -> None:
         super().__init__()
@@ -174,6 +177,7 @@ class CZMBasicBlock(nn.Module):
                 f"out_channels must be at least in_channels, {in_channels}, but was {out_channels}"
             )
         self.amplitude = amplitude
+        self.branch_amplitude = branch_amplitude
         self.stride = stride
         self.conv1 = CZMConv2d(in_channels, out_channels, 3, stride, padding=1, bias=bias)
         self.conv2 = CZMConv2d(out_channels, out_channels, 3, padding=1, bias=bias)
@@ -187,12 +191,16 @@ class CZMBasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the unit's output for `x` of shape (N, in_channels, H, W)."""
-        branch = self.conv2(F.relu(self.conv1(x), inplace=True))
+        branch = x
+        if self.branch_amplitude and self.training:
+            branch = functional.add_relu_noise(x, None, self.branch_amplitude)
+        branch = self.conv2(F.relu(self.conv1(branch), inplace=True))
         return functional.add_relu_noise(branch, self.shortcut(x), self.amplitude, self.training)
 
     def extra_repr(self) -> str:
         """Return the settings that the children do not show."""
-        return f"amplitude={self.amplitude}"
+        branch = f", branch_amplitude={self.branch_amplitude}" if self.branch_amplitude else ""
+        return f"amplitude={self.amplitude}{branch}"
 
 
 class ChannelAffine(nn.Module):

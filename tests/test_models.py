@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from czm_fused.models import blocks_per_stage, cifar_resnet
+from czm_fused.models import NOISE_ON, blocks_per_stage, cifar_resnet
 from czm_fused.nn import CZMConv2d
 
 NORMS = ("czm", "bn", "none")
@@ -47,6 +47,7 @@ def test_cifar_resnet_names_the_nearest_valid_depth(depth, nearest):
         ({"noise": -0.1}, "noise must be in"),
         ({"noise": math.nan}, "noise must be in"),
         ({"norm": "bn", "residual_bias": True}, "residual_bias"),
+        ({"noise_on": "stem"}, "noise_on must be one of unit, branch, but was 'stem'"),
     ],
 )
 def test_cifar_resnet_refuses_bad_arguments(options, message):
@@ -109,22 +110,24 @@ def test_shortcut_subsamples_and_pads_with_zero_channels():
     assert not shortcut[:, 16:].any()
 
 
-def forward_with_noise_on_the_inputs(model, x, amplitude):
+def forward_with_noise_on_the_inputs(model, x, amplitude, noise_on):
     """The network as paper section 4.4 says it: noise multiplies the input of every unit."""
     x = F.relu(model.stem(x))
     for unit in model.units:
         factor = torch.empty(x.shape[:2]).uniform_(1 - amplitude, 1 + amplitude)
-        x = x * factor[:, :, None, None]
-        x = F.relu(unit.conv2(F.relu(unit.conv1(x))) + unit.shortcut(x))
+        noisy = x * factor[:, :, None, None]
+        kept = noisy if noise_on == "unit" else x
+        x = F.relu(unit.conv2(F.relu(unit.conv1(noisy))) + unit.shortcut(kept))
     return model.classifier(x.mean(dim=(2, 3)))
 
 
-def test_noise_multiplies_the_input_of_every_unit():
+@pytest.mark.parametrize("noise_on", NOISE_ON)
+def test_noise_multiplies_the_input_of_every_unit(noise_on):
     torch.manual_seed(0)
-    model = cifar_resnet(14, noise=0.3)
+    model = cifar_resnet(14, noise=0.3, noise_on=noise_on)
     x = torch.randn(4, 3, 8, 8)
     torch.manual_seed(1)
-    expected = forward_with_noise_on_the_inputs(model, x, 0.3)
+    expected = forward_with_noise_on_the_inputs(model, x, 0.3, noise_on)
     torch.manual_seed(1)
     actual = model(x)
     # relu(z) * u and relu(z * u) round alike, so each of the 14 layers may only reorder its sums of
@@ -133,9 +136,10 @@ def test_noise_multiplies_the_input_of_every_unit():
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("noise_on", NOISE_ON)
 @pytest.mark.parametrize("norm", NORMS)
-def test_noise_is_drawn_in_training_only(norm):
-    noisy, clean = cifar_resnet(8, norm, noise=0.3), cifar_resnet(8, norm)
+def test_noise_is_drawn_in_training_only(norm, noise_on):
+    noisy, clean = cifar_resnet(8, norm, noise=0.3, noise_on=noise_on), cifar_resnet(8, norm)
     x = torch.randn(4, 3, 8, 8)
     assert not torch.equal(noisy.train()(x), noisy(x))
     clean.load_state_dict(noisy.state_dict())

@@ -1,5 +1,5 @@
 """The networks of the reference training."""
 
-from .cifar_resnet import CIFARResNet, blocks_per_stage, cifar_resnet
+from .cifar_resnet import NOISE_ON, CIFARResNet, blocks_per_stage, cifar_resnet
 
-__all__ = ["CIFARResNet", "blocks_per_stage", "cifar_resnet"]
+__all__ = ["NOISE_ON", "CIFARResNet", "blocks_per_stage", "cifar_resnet"]

@@ -10,6 +10,7 @@ from ..functional import add_relu_noise
 from ..nn import CZMBasicBlock, CZMConv2d
 
 NORMS = ("czm", "bn", "none")
+NOISE_ON = ("unit", "branch")
 WIDTHS = (16, 32, 64)
 
 
@@ -35,6 +36,7 @@ def cifar_resnet(
     in_channels: int = 3,
     num_classes: int = 10,
     *,
+    noise_on: str = "unit",
     residual_bias: bool = False,
 ) -> CIFARResNet:
     """Build a CIFAR ResNet: a stem, three stages of n units of 16, 32, 64 channels, a classifier.
@@ -50,6 +52,8 @@ def cifar_resnet(
             drawn once for each sample and channel, in training only (§4.4); in [0, 1). Default 0.
         in_channels: channels of the images. Default 3.
         num_classes: outputs. Default 10.
+        noise_on: `"unit"`, so that convolutions and shortcut see the noise (the default), or
+            `"branch"`, the convolutions alone.
         residual_bias: whether the convolutions of the residual units have biases. The stem has
             one in any case, and with `"bn"` no convolution has. Default False.
 
@@ -58,6 +62,8 @@ def cifar_resnet(
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, but was {norm!r}")
+    if noise_on not in NOISE_ON:
+        raise ValueError(f"noise_on must be one of {', '.join(NOISE_ON)}, but was {noise_on!r}")
     if not 0 <= noise < 1:
         raise ValueError(f"noise must be in [0, 1), but was {noise}")
     if norm == "bn" and residual_bias:
@@ -65,6 +71,7 @@ def cifar_resnet(
     model = CIFARResNet(
         depth,
         noise=noise,
+        noise_on=noise_on,
         in_channels=in_channels,
         num_classes=num_classes,
         residual_bias=residual_bias,
@@ -79,14 +86,21 @@ class CIFARResNet(nn.Module):
     """The zero-mean network that `cifar_resnet` builds, and makes the others from."""
 
     def __init__(
-        self, depth: int, *, noise: float, in_channels: int, num_classes: int, residual_bias: bool
+        self,
+        depth: int,
+        *,
+        noise: float,
+        noise_on: str,
+        in_channels: int,
+        num_classes: int,
+        residual_bias: bool,
     ) -> None:
         super().__init__()
         blocks = blocks_per_stage(depth)
         widths = [width for width in WIDTHS for _ in range(blocks)]
         # The noise on a unit's output is that on the next one's input, and the last has no next.
-        amplitudes = [noise] * (len(widths) - 1) + [0.0]
-        self.noise = noise
+        self.noise = noise if noise_on == "unit" else 0.0
+        amplitudes = [self.noise] * (len(widths) - 1) + [0.0]
         self.stem = CZMConv2d(in_channels, WIDTHS[0], 3, padding=1, stem=True)
         self.units = nn.Sequential(
             *(
@@ -95,6 +109,7 @@ class CIFARResNet(nn.Module):
                     width,
                     stride=1 if before == width else 2,
                     amplitude=amplitude,
+                    branch_amplitude=noise if noise_on == "branch" else 0.0,
                     bias=residual_bias,
                 )
                 for before, width, amplitude in zip(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..models import NOISE_ON
 from ..ops.backends import BACKENDS
 from . import checkpoint
 from .errors import TrainingError
@@ -17,6 +18,8 @@ from .settings import (
     DATASET_DEFAULTS,
     LAST_BATCH,
     METHOD_DEFAULTS,
+    SCHEDULES,
+    STEMS,
     Settings,
     resolve,
     resolve_resumed,
@@ -156,6 +159,18 @@ def _add_what_to_train(group: Any) -> None:
         help="give the residual units' convolutions biases (default: only stem and classifier)",
     )
     group.add_argument(
+        "--gain",
+        type=_number,
+        metavar="X",
+        help="norm of every convolution filter at the start (default: 0.8)",
+    )
+    group.add_argument(
+        "--stem",
+        choices=STEMS,
+        help="the filters that read the image: as all others but for the spatial mean, also "
+        "without that, or neither exp-scaled nor anchored (default: scaled)",
+    )
+    group.add_argument(
         "--dataset",
         choices=DATASET_DEFAULTS,
         help="digits: scikit-learn's, bundled; imagefolder: train/ and test/ under --data-dir, a "
@@ -164,6 +179,13 @@ def _add_what_to_train(group: Any) -> None:
     group.add_argument("--data-dir", metavar="DIR", help="where the images are")
     group.add_argument(
         "--download", action="store_true", help="let --dataset cifar10 fetch what is missing"
+    )
+    group.add_argument(
+        "--hold-out",
+        type=int,
+        metavar="N",
+        help="test on N of the training images, the same for all seeds, and train on the others "
+        "(default: 0, test on the test images)",
     )
     group.add_argument(
         "--crop-padding",
@@ -190,6 +212,12 @@ def _add_optimization(group: Any) -> None:
         metavar="X",
         help="learning rate of the classifier and all biases; default: 0.1 for czmig and czmi; "
         "bn and plain have one rate for all",
+    )
+    group.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help="of all rates: steps at the milestones, or half a cosine over all epochs (default: "
+        "steps)",
     )
     group.add_argument(
         "--milestones",
@@ -223,6 +251,12 @@ def _add_optimization(group: Any) -> None:
         type=_number,
         metavar="A",
         help="residual units' inputs are multiplied by U(1-A, 1+A); " + _by_method("noise"),
+    )
+    group.add_argument(
+        "--noise-on",
+        choices=NOISE_ON,
+        help="what the noise multiplies: the whole input of a unit, or that of its convolutions "
+        "alone, not the shortcut's (default: unit)",
     )
     group.add_argument(
         "--last-batch",

@@ -31,6 +31,9 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def at(self, indices: Tensor) -> Images:
+        return Images(self.pixels[indices], self.labels[indices])
+
     def to(self, device: torch.device) -> Images:
         return Images(self.pixels.to(device), self.labels.to(device))
 
@@ -58,6 +61,25 @@ def load(settings: Settings) -> DataSet:
         TrainingError: it is missing, empty or broken; the message names the folder or the file.
         MissingExtraError: the package that reads it is not installed.
     """
+    whole = _load(settings)
+    return hold_out(whole, settings.hold_out) if settings.hold_out else whole
+
+
+def hold_out(whole: DataSet, images: int) -> DataSet:
+    """Return the training images of `whole` alone, `images` of them, always the same, as the test.
+
+    Raises:
+        TrainingError: there are not so many.
+    """
+    count = len(whole.train)
+    if images >= count:
+        raise TrainingError(f"--hold-out must be less than {count} images, but was {images}")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    held, kept = order[:images], order[images:]
+    return DataSet(whole.train.at(kept), whole.train.at(held), whole.num_classes)
+
+
+def _load(settings: Settings) -> DataSet:
     if settings.dataset == "digits":
         return digits()
     if settings.data_dir is None:

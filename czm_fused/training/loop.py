@@ -69,9 +69,7 @@ class Trainer:
         self.optimizer = build_optimizer(settings, self.model)
         if settings.cuda_graph:
             _keep_rates_on(device, self.optimizer)
-        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(
-            self.optimizer, settings.milestones, gamma=0.1
-        )
+        self.scheduler = _schedule(settings, self.optimizer)
         self.normalise = Normalisation(data.train.pixels)
         self.augment = Augmentation(settings.crop_padding, settings.flip, self.generator)
         self._network = self.ranks.wrap(self.model, device)
@@ -369,6 +367,15 @@ def _take_turns(
                 bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f} %")
                 next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
     return [each.read() for each in passes]
+
+
+def _schedule(
+    settings: Settings, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler:
+    schedules = torch.optim.lr_scheduler
+    if settings.schedule == "cosine":
+        return schedules.CosineAnnealingLR(optimizer, settings.epochs)
+    return schedules.MultiStepLR(optimizer, settings.milestones, gamma=0.1)
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..groups import czm_param_groups
-from ..models import cifar_resnet
+from ..init import GAIN, check_gain, czm_weight_, named_convolutions
+from ..models import CIFARResNet, cifar_resnet
 from ..optim import FusedCZMSGD
 from .settings import Settings
 
@@ -20,14 +21,28 @@ def uses_czm(settings: Settings) -> bool:
 
 def build_model(settings: Settings, *, in_channels: int, num_classes: int) -> nn.Module:
     """Return the method's network, initialised from torch's default generator."""
-    return cifar_resnet(
+    model = cifar_resnet(
         settings.depth,
         norm=_NORMS[settings.method],
         noise=settings.noise,
+        noise_on=settings.noise_on,
         in_channels=in_channels,
         num_classes=num_classes,
         residual_bias=settings.residual_bias,
     )
+    if uses_czm(settings):
+        _initialise(settings, model)
+    return model
+
+
+@torch.no_grad()
+def _initialise(settings: Settings, model: CIFARResNet) -> None:
+    check_gain(settings.gain)
+    if settings.stem == "zero-mean":
+        czm_weight_(model.stem.weight)
+    if settings.gain != GAIN:
+        for convolution in named_convolutions(model).values():
+            convolution.weight.mul_(settings.gain / GAIN)
 
 
 def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
@@ -45,7 +60,15 @@ def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimiz
         )
     head_lr = settings.lr if settings.head_lr is None else settings.head_lr
     groups = czm_param_groups(
-        model, overrides={"rest": {"lr": head_lr, "luma": settings.classifier_luma}}
+        model,
+        overrides={
+            "stem": {
+                "scaled": {},
+                "zero-mean": {"zmg": settings.zmg},
+                "plain": {"exp_scale": False, "luma": 0.0},
+            }[settings.stem],
+            "rest": {"lr": head_lr, "luma": settings.classifier_luma},
+        },
     )
     return FusedCZMSGD(
         groups,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..init import GAIN
 from ..models import blocks_per_stage
 from .errors import TrainingError
 
@@ -18,7 +19,10 @@ _CZM = {
     "classifier_luma": 5e-4,
     "weight_decay": 0.0,
     "noise": 0.1,
+    "noise_on": "unit",
     "residual_bias": False,
+    "gain": GAIN,
+    "stem": "scaled",
 }
 _SGD = {
     "lr": 0.1,
@@ -28,7 +32,10 @@ _SGD = {
     "classifier_luma": 0.0,
     "weight_decay": 5e-4,
     "noise": 0.0,
+    "noise_on": "unit",
     "residual_bias": False,
+    "gain": GAIN,
+    "stem": "scaled",
 }
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "czmig": _CZM,
@@ -40,8 +47,8 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 _FIXED = {
     "czmig": (),
     "czmi": ("zmg",),
-    "bn": ("zmg", "luma", "classifier_luma", "head_lr", "residual_bias"),
-    "plain": ("zmg", "luma", "classifier_luma", "head_lr"),
+    "bn": ("zmg", "luma", "classifier_luma", "head_lr", "residual_bias", "gain", "stem"),
+    "plain": ("zmg", "luma", "classifier_luma", "head_lr", "gain", "stem"),
 }
 
 _PHOTOGRAPHS = {
@@ -57,10 +64,19 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "cifar10": _PHOTOGRAPHS,
 }
 
+STEMS = ("scaled", "zero-mean", "plain")
+SCHEDULES = ("steps", "cosine")
 AUTOCAST = ("off", "bfloat16")
 LAST_BATCH = ("join", "keep")
 
-_LEAST = {"epochs": 1, "batch_size": 1, "crop_padding": 0, "seed": 0, "workers": 0}
+_LEAST = {
+    "epochs": 1,
+    "batch_size": 1,
+    "crop_padding": 0,
+    "hold_out": 0,
+    "seed": 0,
+    "workers": 0,
+}
 
 # Where and how a run computes, not what: these may change when it is resumed.
 FREE_ON_RESUME = {
@@ -81,7 +97,15 @@ class Settings:
 
     Attributes:
         head_lr: learning rate of the biases and the classifier; None means `lr`.
+        schedule: `"steps"` at the milestones, or `"cosine"`, half a period over all epochs.
         milestones: the learning rates are multiplied by 0.1 after each of these epochs.
+        noise_on: what the noise multiplies: the input of a residual `"unit"`, or that of its
+            `"branch"` of convolutions alone.
+        gain: the norm of every convolution filter at the start.
+        stem: `"scaled"`: as other filters, but with spatial means; `"zero-mean"`: without, too;
+            `"plain"`: neither exp-scaled nor anchored.
+        hold_out: this many training images, drawn once for all seeds, are tested on instead of the
+            test images, and not trained on; 0 for none.
         crop_padding: pixels; images are cropped at random from their zero-padded selves.
         flip: whether images are mirrored left to right at random.
         last_batch: what becomes of an epoch's last batch where it is less than half a batch:
@@ -98,6 +122,7 @@ class Settings:
     dataset: str
     depth: int
     epochs: int
+    schedule: str
     milestones: tuple[int, ...]
     batch_size: int
     lr: float
@@ -108,7 +133,11 @@ class Settings:
     luma: float
     classifier_luma: float
     noise: float
+    noise_on: str
     residual_bias: bool
+    gain: float
+    stem: str
+    hold_out: int
     crop_padding: int
     flip: bool
     last_batch: str
@@ -142,6 +171,10 @@ class Settings:
             raise TrainingError(
                 f"--milestones must be increasing epochs, but were {list(self.milestones)}"
             )
+        if self.milestones and self.schedule != "steps":
+            raise TrainingError(
+                f"--milestones has no effect on --schedule {self.schedule}: leave it out"
+            )
         try:
             blocks_per_stage(self.depth)
         except ValueError as error:
@@ -169,6 +202,8 @@ def resolve(given: dict[str, Any]) -> Settings:
         "method": method,
         "dataset": dataset,
         "momentum": 0.9,
+        "schedule": "steps",
+        "hold_out": 0,
         "last_batch": "join",
         "seed": 0,
         "channels_last": False,
@@ -187,7 +222,8 @@ def resolve(given: dict[str, Any]) -> Settings:
     }
     if "classifier_luma" not in given:
         values["classifier_luma"] = values["luma"]
-    values.setdefault("milestones", default_milestones(values["epochs"]))
+    steps = values["schedule"] == "steps"
+    values.setdefault("milestones", default_milestones(values["epochs"]) if steps else ())
     values["milestones"] = tuple(values["milestones"])
     values.setdefault(
         "out", str(Path("runs", f"{dataset}-{method}-{values['depth']}-s{values['seed']}"))
@@ -220,4 +256,9 @@ def resolve_resumed(given: dict[str, Any], saved: dict[str, Any]) -> Settings:
                 "leave the option out, or start without --resume"
             )
     values = {**saved, **given}
+    if values["schedule"] == "cosine" and values["epochs"] != saved["epochs"]:
+        raise TrainingError(
+            f"--schedule cosine was begun for {saved['epochs']} epochs, not {values['epochs']}: "
+            "leave --epochs out, or start without --resume"
+        )
     return Settings(**{**values, "milestones": tuple(values["milestones"])})

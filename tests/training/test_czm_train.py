@@ -121,6 +121,37 @@ def test_head_and_anchor_settings_reach_the_optimizer(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("stem", "zmg", "luma", "exp_scale"),
+    [("scaled", 0.0, 1e-3, True), ("zero-mean", 0.5, 1e-3, True), ("plain", 0.0, 0.0, False)],
+)
+def test_stem_and_gain_reach_network_and_optimizer(stem, zmg, luma, exp_scale):
+    from czm_fused.training import data
+    from czm_fused.training.settings import resolve
+
+    settings = resolve({"depth": 8, "zmg": 0.5, "luma": 1e-3, "stem": stem, "gain": 1.3})
+    trainer = Trainer(settings, data.digits(), torch.device("cpu"))
+    group = trainer.optimizer.param_groups[0]
+    assert (group["name"], group["zmg"], group["luma"]) == ("stem", zmg, luma)
+    assert group["exp_scale"] == exp_scale
+    weight = trainer.model.stem.weight.detach()
+    # A mean of 9 float32 numbers below 1.3: 9 roundings of 2**-24 each.
+    is_zero_mean = weight.mean(dim=(2, 3)).abs().max() <= 9 * 2**-24 * 1.3
+    assert is_zero_mean == (stem == "zero-mean")
+    for parameter in trainer.model.parameters():
+        if parameter.dim() == 4:
+            # Norms of up to 576 numbers, scaled twice.
+            norms = parameter.detach().flatten(1).norm(dim=1)
+            assert torch.allclose(norms, torch.tensor(1.3), rtol=(576 + 3) * 2**-24)
+
+
+def test_cosine_ends_near_zero(train, tmp_path):
+    status, _, err = train("--schedule", "cosine", "--epochs", "3")
+    assert status == 0, err
+    history = checkpoint.load(tmp_path / "run")["history"]
+    assert [each["lr"] for each in history] == pytest.approx([0.4, 0.3, 0.1])
+
+
+@pytest.mark.parametrize(
     ("size", "last_batch", "sizes"),
     [
         (128, "join", [128, 172]),

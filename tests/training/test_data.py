@@ -7,6 +7,7 @@ from torchvision.datasets import ImageFolder
 
 from czm_fused.training import data
 from czm_fused.training.errors import TrainingError
+from czm_fused.training.settings import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,29 @@ def test_image_folder_decodes_what_torchvision_reads(image_tree, workers):
         ):
             assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image))
             assert label == target
+
+
+def test_hold_out_parts_the_training_images():
+    digits = data.digits()
+    first, again = (data.hold_out(digits, 100) for _ in range(2))
+    assert (len(first.train), len(first.test), first.num_classes) == (798, 100, 10)
+    assert torch.equal(first.test.pixels, again.test.pixels)
+
+    def rows(*parts):
+        return sorted(
+            [*pixels.flatten().tolist(), int(label)]
+            for part in parts
+            for pixels, label in zip(part.pixels, part.labels, strict=True)
+        )
+
+    assert rows(first.train, first.test) == rows(digits.train)
+    with pytest.raises(TrainingError, match="--hold-out must be less than 898 images, but was 898"):
+        data.hold_out(digits, 898)
+
+
+def test_load_holds_out_what_the_settings_say():
+    assert len(data.load(resolve({"hold_out": 10})).test) == 10
+    assert len(data.load(resolve({})).test) == 899
 
 
 def test_image_folder_makes_grey_images_rgb(image_tree):

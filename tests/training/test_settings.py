@@ -73,6 +73,10 @@ def test_resolve_names_the_folder_after_the_run():
         ({"method": "plain", "luma": 1e-4}, "--luma has no effect"),
         ({"method": "czmi", "zmg": 0.85}, "--zmg has no effect on --method czmi"),
         ({"method": "bn", "residual_bias": True}, "--residual-bias has no effect"),
+        ({"method": "bn", "gain": 1.0}, "--gain has no effect"),
+        ({"method": "plain", "stem": "plain"}, "--stem has no effect"),
+        ({"hold_out": -1}, "--hold-out must be at least 0, but was -1"),
+        ({"schedule": "cosine", "milestones": [1]}, "--milestones has no effect on --schedule c"),
     ],
 )
 def test_resolve_refuses_what_cannot_be(given, message):
@@ -104,6 +108,13 @@ def test_resolve_resumed_refuses_another_run(given):
     name = next(iter(given))
     with pytest.raises(TrainingError, match=f"trained with --{name} "):
         resolve_resumed(given, saved)
+
+
+def test_resolve_resumed_keeps_the_length_of_a_cosine():
+    saved = resolve({"schedule": "cosine", "epochs": 4}).as_dict()
+    assert resolve_resumed({"epochs": 4}, saved).milestones == ()
+    with pytest.raises(TrainingError, match="begun for 4 epochs, not 5: leave --epochs out"):
+        resolve_resumed({"epochs": 5}, saved)
 
 
 def test_resolve_resumed_refuses_another_versions_settings():

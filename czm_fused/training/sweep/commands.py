@@ -9,6 +9,7 @@ from pathlib import Path
 from ..cli import make_parser
 from ..errors import TrainingError
 from ..extras import require
+from ..settings import option
 from .folder import SweepFolder
 from .rows import TABLE1, check_given, find
 
@@ -32,6 +33,8 @@ def table1(arguments: Sequence[str]) -> None:
 
     folder = SweepFolder(Path(known.out))
     if known.report:
+        if given:
+            raise TrainingError(f"{option(next(iter(given)))} has no effect on --report: leave it out")
         print(write_report(folder))
         return
     require("tqdm", "matplotlib", "tensorboard")
@@ -81,8 +84,8 @@ def _table1_parser() -> argparse.ArgumentParser:
         "carries flock between them, as NFS does.",
         epilog=f"rows:\n{names}\n\n"
         "The options of czm-train (see czm-train --help) apply to all runs, but\n"
-        "--weight-decay to BatchNorm alone, and --head-lr, --luma, --classifier-luma and\n"
-        "--residual-bias to the other rows.",
+        "--weight-decay to BatchNorm alone, and --head-lr, --luma, --classifier-luma,\n"
+        "--residual-bias, --gain and --stem to the other rows.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

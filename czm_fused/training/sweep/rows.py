@@ -20,7 +20,7 @@ ROW_SETTINGS = ("method", "lr", "zmg", "noise")
 
 _SET_BY_THE_SWEEP = (*ROW_SETTINGS, "seed", "out", "resume", "overwrite")
 _BATCHNORM_ONLY = {"weight_decay"}
-_CZM_ONLY = {"head_lr", "luma", "classifier_luma", "residual_bias"}
+_CZM_ONLY = {"head_lr", "luma", "classifier_luma", "residual_bias", "gain", "stem"}
 
 
 @dataclass(frozen=True)
