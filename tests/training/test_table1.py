@@ -391,6 +391,8 @@ def test_report_shows_what_there_is(table1, tmp_path):
 
 def test_report_refuses_runs_that_cannot_be_compared(table1, tmp_path):
     assert "there is no folder" in fails(table1, "--report", quick=[])
+    err = fails(table1, "--report", "--depth", "8", quick=[])
+    assert "--depth has no effect on --report" in err
     folder = tmp_path / "sweep"
     write_run(folder / "a", {"method": "bn"}, [10.0, 20.0])
     write_run(folder / "b", {"method": "czmig"}, [10.0, 20.0, 30.0])

@@ -34,7 +34,8 @@ def table1(arguments: Sequence[str]) -> None:
     folder = SweepFolder(Path(known.out))
     if known.report:
         if given:
-            raise TrainingError(f"{option(next(iter(given)))} has no effect on --report: leave it out")
+            name = option(next(iter(given)))
+            raise TrainingError(f"{name} has no effect on --report: leave it out")
         print(write_report(folder))
         return
     require("tqdm", "matplotlib", "tensorboard")
