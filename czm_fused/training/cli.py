@@ -57,8 +57,8 @@ def parse(arguments: Sequence[str] | None = None) -> Invocation:
         metavar="K",
         default=1,
         help="train K seeds from --seed on together on one device, on a GPU each in a stream of "
-        "its own; each ends as it would alone, in a folder of its own: s<seed> in --out (default: "
-        "1). Resumes with the same K",
+        "its own; each ends as it would alone, in a folder of its own: s<seed> in --out, which is "
+        "then runs/<dataset>-<method>-<depth> (default: 1). Resumes with the same K",
     )
     given = vars(parser.parse_args(arguments))
     count = given.pop("parallel_seeds")
@@ -90,12 +90,14 @@ def _several(given: dict[str, Any], count: int, overwrite: bool) -> Invocation:
             "--parallel-seeds goes on where it finds the runs: give --resume their folder, and no "
             "--out"
         )
-    parent = given.pop("resume", None) or given.get("out")
     first = given.get("seed", 0)
-    each_given = [{**given, "seed": seed} for seed in range(first, first + count)]
-    if parent is not None:
-        for each in each_given:
-            each["out"] = str(Path(parent, f"s{each['seed']}"))
+    parent = given.pop("resume", None) or given.get("out")
+    if parent is None:
+        parent = resolve(given).out.removesuffix(f"-s{first}")
+    each_given = [
+        {**given, "seed": seed, "out": str(Path(parent, f"s{seed}"))}
+        for seed in range(first, first + count)
+    ]
     places = [Path(resolve(each).out) for each in each_given]
     found = [
         checkpoint.load(place) if resumes and (place / checkpoint.FILE_NAME).exists() else None
@@ -115,8 +117,7 @@ def _several(given: dict[str, Any], count: int, overwrite: bool) -> Invocation:
             settings = resolve_resumed({**each, "out": out}, saved)
         _check_free(settings, overwrite or resumed is not None)
         runs.append((settings, resumed))
-    where = "" if parent is None else f" {parent}"
-    return Invocation(runs, f"--resume{where} --seed {first} --parallel-seeds {count}")
+    return Invocation(runs, f"--resume {parent} --seed {first} --parallel-seeds {count}")
 
 
 def _check_free(settings: Settings, may_replace: bool) -> None:
@@ -167,8 +168,8 @@ def _add_what_to_train(group: Any) -> None:
     group.add_argument(
         "--stem",
         choices=STEMS,
-        help="the filters that read the image: as all others but for the spatial mean, also "
-        "without that, or neither exp-scaled nor anchored (default: scaled)",
+        help="the filters that read the image. scaled: as all others, but with spatial means; "
+        "zero-mean: as all others; plain: neither exp-scaled nor anchored (default: scaled)",
     )
     group.add_argument(
         "--dataset",
@@ -318,7 +319,8 @@ def _add_where_to_run(group: Any) -> None:
         const=None,
         metavar="CHECKPOINT",
         help="go on from a checkpoint or a run's folder (default: --out); its settings apply; "
-        "--epochs, --device, --backend, --cuda-graph, --workers and --out may change",
+        "--epochs (of steps), --device (of the same kind), --backend, --cuda-graph, --workers, "
+        "--data-dir, --download and --out may change",
     )
     group.add_argument(
         "--overwrite", action="store_true", help="replace the run that --out holds, if any"

@@ -121,8 +121,9 @@ def cifar10(folder: Path, *, download: bool) -> DataSet:
         try:
             source = CIFAR10(str(folder), train=train, download=download)
         except (RuntimeError, OSError) as error:
+            remedy = "try again" if download else "use --download to fetch it"
             raise TrainingError(
-                f"no CIFAR-10 under --data-dir {folder} ({error}): use --download to fetch it"
+                f"no CIFAR-10 under --data-dir {folder} ({error}): {remedy}"
             ) from error
         pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         return Images(pixels, torch.tensor(source.targets))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -59,17 +61,13 @@ def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimiz
             fused=True,
         )
     head_lr = settings.lr if settings.head_lr is None else settings.head_lr
-    groups = czm_param_groups(
-        model,
-        overrides={
-            "stem": {
-                "scaled": {},
-                "zero-mean": {"zmg": settings.zmg},
-                "plain": {"exp_scale": False, "luma": 0.0},
-            }[settings.stem],
-            "rest": {"lr": head_lr, "luma": settings.classifier_luma},
-        },
-    )
+    stem: dict[str, Any] = {
+        "scaled": {},
+        "zero-mean": {"zmg": settings.zmg},
+        "plain": {"exp_scale": False, "luma": 0.0},
+    }[settings.stem]
+    rest = {"lr": head_lr, "luma": settings.classifier_luma}
+    groups = czm_param_groups(model, overrides={"stem": stem, "rest": rest})
     return FusedCZMSGD(
         groups,
         lr=settings.lr,

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .files import replacing
+
+
+def name_network(settings: Mapping[str, Any]) -> str:
+    """Return what was trained and tested, for titles."""
+    held = settings.get("hold_out")
+    tested = f" ({held} training images held out as the test)" if held else ""
+    return f"ResNet{settings['depth']} on {settings['dataset']}{tested}"
 
 
 def plot_accuracy(path: Path, history: Sequence[dict[str, Any]], *, title: str) -> None:

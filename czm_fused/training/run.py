@@ -19,7 +19,7 @@ from .files import replacing
 from .interrupts import held_back
 from .loop import Trainer, test, train_epoch
 from .methods import direction_norms, uses_czm
-from .plots import plot_accuracy, plot_filters
+from .plots import name_network, plot_accuracy, plot_filters
 from .rejection import is_due, rejection
 from .settings import Settings, option
 
@@ -255,7 +255,8 @@ def _epoch(runs: Sequence[_Run], stop_if_asked: Callable[[], None]) -> None:
         places = ", ".join(str(each.folder / checkpoint.FILE_NAME) for each in runs)
         verb = "holds the run" if len(runs) == 1 else "hold the runs"
         raise DivergedError(
-            f"{error}; {places} {verb} after epoch {len(runs[0].history)}; a lower --lr may help"
+            f"{error}; {places} {verb} after epoch {len(runs[0].history)}; lower learning rates "
+            "may help"
         ) from error
     seconds = time.perf_counter() - started
     for each, lr, train_result, test_result in zip(runs, rates, trained, tested, strict=True):
@@ -280,11 +281,12 @@ def _epoch(runs: Sequence[_Run], stop_if_asked: Callable[[], None]) -> None:
 def _write_results(
     folder: Path, settings: Settings, summary: dict[str, Any], history: list[dict[str, Any]]
 ) -> None:
-    with replacing(folder / "summary.json") as file:
-        file.write((json.dumps(summary, indent=2) + "\n").encode())
-    name = f"ResNet{settings.depth} on {settings.dataset}, {settings.method}"
+    name = f"{name_network(summary)}, {settings.method}"
     plot_accuracy(folder / "accuracy.png", history, title=name)
     plot_filters(folder / "filters.png", history, title=name)
+    # Last, as it says to a sweep that all is done.
+    with replacing(folder / "summary.json") as file:
+        file.write((json.dumps(summary, indent=2) + "\n").encode())
     print(
         f"{name}: {summary['test_accuracy']:.2f} % test accuracy in the final epoch "
         f"({history[-1]['epoch']}), {summary['seconds']:.0f} s; see {folder}"

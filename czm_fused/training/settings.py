@@ -11,7 +11,9 @@ from ..init import GAIN
 from ..models import blocks_per_stage
 from .errors import TrainingError
 
+_SHARED = {"noise_on": "unit", "residual_bias": False, "gain": GAIN, "stem": "scaled"}
 _CZM = {
+    **_SHARED,
     "lr": 0.4,
     "head_lr": 0.1,
     "zmg": 0.85,
@@ -19,12 +21,9 @@ _CZM = {
     "classifier_luma": 5e-4,
     "weight_decay": 0.0,
     "noise": 0.1,
-    "noise_on": "unit",
-    "residual_bias": False,
-    "gain": GAIN,
-    "stem": "scaled",
 }
 _SGD = {
+    **_SHARED,
     "lr": 0.1,
     "head_lr": None,
     "zmg": 0.0,
@@ -32,10 +31,6 @@ _SGD = {
     "classifier_luma": 0.0,
     "weight_decay": 5e-4,
     "noise": 0.0,
-    "noise_on": "unit",
-    "residual_bias": False,
-    "gain": GAIN,
-    "stem": "scaled",
 }
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "czmig": _CZM,

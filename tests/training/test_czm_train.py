@@ -12,6 +12,7 @@ from quick_runs import assert_same, read_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from czm_fused.training import checkpoint
+from czm_fused.training.errors import TrainingError
 from czm_fused.training.loop import Trainer
 
 METRICS = {
@@ -56,6 +57,15 @@ def test_run_leaves_metrics_summary_and_pictures(train, tmp_path, method):
     assert f"{summary['test_accuracy']:.2f} % test accuracy in the final epoch" in out
     assert checkpoint.load(folder)["settings"]["method"] == method
     assert not list(folder.glob("*.tmp"))
+
+
+def test_run_is_not_complete_before_its_pictures(train, tmp_path, monkeypatch):
+    def plot_filters(*_, **__):
+        raise TrainingError("no space left")
+
+    monkeypatch.setattr("czm_fused.training.run.plot_filters", plot_filters)
+    assert train()[0] == 2
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_run_reports_the_final_epoch_and_never_the_best(train, tmp_path, monkeypatch):

@@ -147,6 +147,18 @@ def test_rejection_figure_shows_every_layer(tmp_path, drawn):
     assert list(line.get_ydata()) == [2.0, 22.0, 35.0]
 
 
+def test_rejection_figure_keeps_layers_in_their_places(tmp_path, drawn):
+    """A layer that passes nothing has no ratio, and is not logged."""
+    write_row(tmp_path, CZMIG, [10.0], more=[{"rejection_db": {"stem": 1.0, "a": 20.0, "b": 30.0}}])
+    more = [{"rejection_db": {"stem": 3.0, "b": 40.0}}]
+    write_run(tmp_path / "other", options(CZMIG, 1), [10.0], more=more)
+    write_row(tmp_path, BATCHNORM, [10.0], more=more)
+    draw(tmp_path, tmp_path / "out")
+    czmig, batchnorm = drawn["rejection.png"].axes[1].get_lines()
+    assert list(czmig.get_ydata()) == [2.0, 20.0, 35.0]
+    assert list(batchnorm.get_xdata()) == [1, 3]
+
+
 def test_figures_of_real_runs_finished_and_not(tmp_path, train):
     assert train("--method", "czmig", "--epochs", "2", out=tmp_path / "runs" / "a")[0] == 0
     assert train("--method", "bn", "--epochs", "2", out=tmp_path / "runs" / "b")[0] == 0

@@ -85,9 +85,9 @@ def test_seeds_have_folders_named_after_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     invocation = parse([*OPTIONS, *TOGETHER])
     folders = [settings.out for settings, _ in invocation.runs]
-    assert folders == ["runs/digits-czmig-8-s3", "runs/digits-czmig-8-s4"]
+    assert folders == ["runs/digits-czmig-8/s3", "runs/digits-czmig-8/s4"]
     assert [settings.seed for settings, _ in invocation.runs] == [3, 4]
-    assert invocation.to_resume == "--resume --seed 3 --parallel-seeds 2"
+    assert invocation.to_resume == "--resume runs/digits-czmig-8 --seed 3 --parallel-seeds 2"
     invocation = parse([*OPTIONS, *TOGETHER, "--out", "here"])
     assert [settings.out for settings, _ in invocation.runs] == ["here/s3", "here/s4"]
     assert invocation.to_resume == "--resume here --seed 3 --parallel-seeds 2"

@@ -314,6 +314,9 @@ def test_bad_input_is_one_line(table1, options, words):
 def test_folder_of_another_protocol_is_refused(table1, tmp_path):
     path = tmp_path / "sweep" / "sweep.json"
     SweepFolder(tmp_path / "sweep").open({"dataset": "digits", "depth": 8, "epochs": 3})
+    run = tmp_path / "sweep" / BN / "seed-0"
+    run.mkdir(parents=True)
+    (run / "checkpoint.pt").touch()
     content = path.read_text()
     assert "--epochs 3, not 2" in fails(table1, quick=[*QUICK, "--batch-size", "50"])
 
@@ -330,6 +333,15 @@ def test_folder_of_another_protocol_is_refused(table1, tmp_path):
         path.write_text(damaged)
         assert "sweep.json" in fails(table1)
         assert path.read_text() == damaged
+
+
+def test_value_that_was_refused_may_be_corrected(table1, tmp_path):
+    assert "momentum" in fails(table1, "--rows", BN, "--seeds", "1", "--momentum", "-3")
+    with SweepFolder(tmp_path / "sweep").claimed(BATCHNORM, 0):
+        assert "begun with --momentum -3.0, not 0.9" in fails(table1, "--rows", BN, "--seeds", "1")
+    status, out, _ = table1("--rows", BN, "--seeds", "1")
+    assert status == 0
+    assert cells(out, BN)[4] == "1"
 
 
 def test_folder_with_other_files_is_refused(table1, tmp_path):
@@ -387,6 +399,15 @@ def test_report_shows_what_there_is(table1, tmp_path):
     assert cells(out, CZMI)[4:8] == ["1", "50.00", "-", "-"]
     assert cells(out, TABLE1[-1].name)[4:8] == ["0", "-", "-", "-"]
     assert (folder / "table1.md").read_text() in out
+    assert "Other than the paper's protocol" not in out
+
+
+def test_report_says_what_is_not_the_papers_protocol(table1, tmp_path):
+    given = {"method": "czmig", "hold_out": 10, "stem": "plain", "momentum": 0.8}
+    write_run(tmp_path / "runs" / "a", given, [10.0, 20.0])
+    _, out, _ = table1("--report", out=tmp_path / "runs", quick=[])
+    assert "ResNet8 on digits (10 training images held out as the test), 2 epochs" in out
+    assert "protocol: --hold-out 10, --momentum 0.8, --stem plain.\n" in out
 
 
 def test_report_refuses_runs_that_cannot_be_compared(table1, tmp_path):

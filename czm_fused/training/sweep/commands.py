@@ -13,6 +13,8 @@ from ..settings import option
 from .folder import SweepFolder
 from .rows import TABLE1, check_given, find
 
+DEFAULT_FOLDER = "runs/table1"
+
 
 def table1(arguments: Sequence[str]) -> None:
     """Train the rows of Table 1, or what is left of them, and print the table.
@@ -76,9 +78,9 @@ def _table1_parser() -> argparse.ArgumentParser:
     names = "\n".join(f"  {row.name}" for row in TABLE1)
     parser = argparse.ArgumentParser(
         prog="czm-train table1",
-        usage="czm-train table1 --out DIR [--seeds N] [--parallel-seeds K] [--rows ROW ...]\n"
+        usage="czm-train table1 [--out DIR] [--seeds N] [--parallel-seeds K] [--rows ROW ...]\n"
         "                        [options of czm-train]\n"
-        "       czm-train table1 --out DIR --report",
+        "       czm-train table1 [--out DIR] --report",
         description="Train the rows of the paper's Table 1, by default ResNet110 on CIFAR-10, and\n"
         "print the table. Interrupted or killed, the same command goes on where it was.\n"
         "Several processes may share one folder, on several machines if its file system\n"
@@ -90,7 +92,12 @@ def _table1_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--out", metavar="DIR", required=True, help="holds a folder for each run")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        default=DEFAULT_FOLDER,
+        help=f"holds a folder for each run (default: {DEFAULT_FOLDER})",
+    )
     parser.add_argument(
         "--seeds", type=int, metavar="N", default=8, help="train seeds 0 to N-1 (default: 8)"
     )
@@ -117,6 +124,12 @@ def _figures_parser() -> argparse.ArgumentParser:
         "common-mode rejection from the logs of the runs under DIR.",
         allow_abbrev=False,
     )
-    parser.add_argument("folder", metavar="DIR", help="of table1, or of several runs of czm-train")
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        nargs="?",
+        default=DEFAULT_FOLDER,
+        help=f"of table1, or of several runs of czm-train (default: {DEFAULT_FOLDER})",
+    )
     parser.add_argument("--out", metavar="DIR", help="for the PNG files (default: DIR/figures)")
     return parser

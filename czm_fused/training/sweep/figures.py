@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TrainingError
-from ..plots import panels, save
+from ..plots import name_network, panels, save
 from .results import Result, all_results, check_comparable, of_row
 from .rows import BATCHNORM, TABLE1, Row, find
 from .statistics import Summary, summarise
@@ -87,7 +87,7 @@ def draw(folder: Path, out: Path) -> list[Path]:
     if not results:
         raise TrainingError(f"there is no run of a row of Table 1 under {folder}")
     settings = check_comparable(results)
-    network = f"ResNet{settings['depth']} on {settings['dataset']}"
+    network = name_network(settings)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -215,11 +215,13 @@ def _draw_rejection(path: Path, results: Sequence[Result], network: str) -> bool
     figure, (over_epochs, over_layers) = panels(
         title, ["median of the layers, dB", "of a layer, dB"]
     )
+    numbers: dict[str, int] = {}
     for row in TABLE1:
         if runs := of_row(logged, row):
             _draw_curve(over_epochs, row, *mean_curve(runs, _median_rejection))
             by_layer = _last_rejection(runs)
-            over_layers.plot(range(1, len(by_layer) + 1), by_layer, ".", color=_COLOURS[row])
+            places = [numbers.setdefault(layer, len(numbers) + 1) for layer in by_layer]
+            over_layers.plot(places, list(by_layer.values()), ".", color=_COLOURS[row])
     over_layers.set_xlabel("layer, after the last logged epoch")
     over_epochs.legend(fontsize="small")
     save(figure, path)
@@ -237,8 +239,11 @@ def _median_rejection(record: dict[str, Any]) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def _last_rejection(runs: Sequence[Result]) -> list[float]:
-    import numpy as np
-
-    last = [[v for v in map(_rejection, run.history) if v][-1] for run in runs]
-    return list(np.mean(last, axis=0))
+def _last_rejection(runs: Sequence[Result]) -> dict[str, float]:
+    """Return each layer's mean over the runs, of the last epoch where it was logged."""
+    last: dict[str, dict[Path, float]] = {}
+    for run in runs:
+        for record in run.history:
+            for layer, value in record.get("rejection_db", {}).items():
+                last.setdefault(layer, {})[run.folder] = value
+    return {layer: sum(values.values()) / len(values) for layer, values in last.items()}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .. import checkpoint
 from ..errors import TrainingError
 from ..files import replacing
 from ..settings import option
@@ -36,7 +37,7 @@ class SweepFolder:
         self.path = path
 
     def open(self, given: dict[str, Any]) -> None:
-        """Create the folder, or check that it was created for the same protocol.
+        """Create the folder, or check that its runs were begun with the same protocol.
 
         Args:
             given: options for all rows.
@@ -51,9 +52,12 @@ class SweepFolder:
             raise TrainingError(f"cannot create --out {self.path}: {error}") from error
         with self.locked():
             if (self.path / PROTOCOL).exists():
-                self._check(protocol)
-                return
-            if {file.name for file in self.path.iterdir()} - {_SWEEP_LOCK, f"{PROTOCOL}.tmp"}:
+                saved = self._read_protocol()
+                if not self._is_unused():
+                    for name, settings in protocol.items():
+                        _check_row(self.path, name, saved[name], settings)
+                    return
+            elif {file.name for file in self.path.iterdir()} - {_SWEEP_LOCK, f"{PROTOCOL}.tmp"}:
                 raise TrainingError(
                     f"--out {self.path} holds files and no {PROTOCOL}: choose an empty folder"
                 )
@@ -97,17 +101,27 @@ class SweepFolder:
         notes = (self.path / row.name).glob(f"seed-*/{DIVERGED}")
         return sorted(int(note.parent.name.removeprefix("seed-")) for note in notes)
 
-    def _check(self, protocol: dict[str, Any]) -> None:
+    def _is_unused(self) -> bool:
+        """Return whether no run has begun, as when a value that was refused is corrected."""
+        if any(self.path.glob(f"*/seed-*/{checkpoint.FILE_NAME}")):
+            return False
+        for path in self.path.glob(f"*/seed-*/{_RUN_LOCK}"):
+            with _lock(path, timeout=0) as is_free:
+                if not is_free:
+                    return False
+        return True
+
+    def _read_protocol(self) -> dict[str, Any]:
         path = self.path / PROTOCOL
         try:
             saved = json.loads(path.read_text())
-            known = saved["format"] == FORMAT and saved["rows"].keys() == protocol.keys()
+            known = saved["format"] == FORMAT and saved["rows"].keys() == {r.name for r in TABLE1}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise TrainingError(f"cannot read {path}: {error!r}") from error
         if not known:
             raise _other_version(self.path)
-        for name, settings in protocol.items():
-            _check_row(self.path, name, saved["rows"][name], settings)
+        rows: dict[str, Any] = saved["rows"]
+        return rows
 
 
 def _check_row(path: Path, row: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -139,7 +153,7 @@ def _lock(path: Path, timeout: float) -> Iterator[bool]:
     except Timeout:
         yield False
         return
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
         raise TrainingError(f"cannot lock {path}: {error}") from error
     try:
         yield True

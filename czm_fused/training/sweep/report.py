@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..files import replacing
+from ..plots import name_network
 from .folder import SweepFolder
-from .results import check_comparable, complete_results, of_row
+from .results import check_comparable, check_folder, complete_results, departures, of_row
 from .rows import BATCHNORM, TABLE1
 from .statistics import Summary, interval, summarise, welch_p
 
@@ -27,7 +28,8 @@ number of rows. The paper's values are of 8 seeds; its p follows from its means 
 
 
 def measure(folder: SweepFolder) -> dict[str, Any]:
-    """Return Table 1 from the complete runs in `folder`: what they share, and a record a row.
+    """Return Table 1 from the complete runs in `folder`: what they share, where that departs from
+    the protocol, and a record a row.
 
     Raises:
         TrainingError: a run is damaged, or does not belong with the others.
@@ -65,7 +67,7 @@ def measure(folder: SweepFolder) -> dict[str, Any]:
                 },
             }
         )
-    return {"settings": settings, "rows": rows}
+    return {"settings": settings, "options": departures(complete), "rows": rows}
 
 
 def to_markdown(table: dict[str, Any]) -> str:
@@ -77,8 +79,11 @@ def to_markdown(table: dict[str, Any]) -> str:
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     title = "# Table 1"
     if settings:
-        title += ": ResNet{depth} on {dataset}, {epochs} epochs".format(**settings)
-    return "\n".join([title, "", *lines, "", _EXPLANATION])
+        title += f": {name_network(settings)}, {settings['epochs']} epochs"
+    notes = [_EXPLANATION]
+    if table["options"]:
+        notes.append(f"Other than the paper's protocol: {', '.join(table['options'])}.\n")
+    return "\n".join([title, "", *lines, "", *notes])
 
 
 def write_report(folder: SweepFolder) -> str:
@@ -87,9 +92,10 @@ def write_report(folder: SweepFolder) -> str:
     Raises:
         TrainingError: as `measure`, or the files cannot be written.
     """
-    table = measure(folder)
-    markdown = to_markdown(table)
+    check_folder(folder.path)
     with folder.locked():
+        table = measure(folder)
+        markdown = to_markdown(table)
         with replacing(folder.path / MARKDOWN) as file:
             file.write(markdown.encode())
         with replacing(folder.path / JSON) as file:

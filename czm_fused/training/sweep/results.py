@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import checkpoint, metrics
 from ..errors import TrainingError
-from ..settings import METHOD_DEFAULTS, Settings, option
+from ..settings import METHOD_DEFAULTS, Settings, option, resolve
 from .folder import SUMMARY
 from .rows import ROW_SETTINGS, Row, shared
 
@@ -52,12 +52,12 @@ def all_results(folder: Path) -> list[Result]:
     Raises:
         TrainingError: the folder is missing, or a file in it is damaged.
     """
-    begun = [
-        _read_begun(run)
+    results = [
+        _read_complete(run) if (run / SUMMARY).exists() else _read_begun(run)
         for run in _runs_under(folder)
-        if (run / checkpoint.FILE_NAME).exists() and not (run / SUMMARY).exists()
+        if (run / checkpoint.FILE_NAME).exists() or (run / SUMMARY).exists()
     ]
-    return [result for result in (*complete_results(folder), *begun) if result.history]
+    return [result for result in results if result.history]
 
 
 def of_row(results: Sequence[Result], row: Row) -> list[Result]:
@@ -86,6 +86,28 @@ def check_comparable(results: Sequence[Result]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in METHOD_SETTINGS}
 
 
+def departures(results: Sequence[Result]) -> list[str]:
+    """Return the options of the runs that are not the defaults of their method and data set.
+
+    What a row sets, where a run computes, and the length of the training are left out.
+    """
+    found: dict[str, None] = {}
+    for result in results:
+        names = ("method", "dataset", "epochs")
+        given = {name: result.settings[name] for name in names if name in result.settings}
+        default = resolve(given).as_dict()
+        for name, value in shared(result.settings).items():
+            if name not in (*ROW_SETTINGS, "depth") and value != default[name]:
+                found[f"{option(name)} {value}"] = None
+    return sorted(found)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a TrainingError unless `folder` is there."""
+    if not folder.is_dir():
+        raise TrainingError(f"there is no folder {folder}")
+
+
 def _check_alike(first: Result, other: Result, except_for: Collection[str] = ()) -> None:
     for name in sorted(shared({**first.settings, **other.settings})):
         values = first.settings.get(name), other.settings.get(name)
@@ -97,8 +119,7 @@ def _check_alike(first: Result, other: Result, except_for: Collection[str] = ())
 
 
 def _runs_under(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise TrainingError(f"there is no folder {folder}")
+    check_folder(folder)
     return [log.parent for log in sorted(folder.rglob(metrics.FILE_NAME))]
 
 
