@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from quick_runs import QUICK, assert_same, read_metrics, without_times
+from quick_runs import QUICK, assert_same, read_metrics, trained_state, without_times
 
 from czm_fused.training import checkpoint
 from czm_fused.training.cli import parse
@@ -24,16 +24,8 @@ def train(*options):
     run_together(parse([*map(str, options)]).runs)
 
 
-def state_of(folder):
-    state = checkpoint.load(folder)
-    for group in state["trainer"]["optimizer"]["param_groups"]:
-        # torch adds this to the defaults of an optimizer that was loaded.
-        group.pop("differentiable", None)
-    return {"trainer": state["trainer"], "history": without_times(state["history"])}
-
-
 def assert_like_alone(folder, alone):
-    assert_same(state_of(folder), state_of(alone))
+    assert_same(trained_state(folder), trained_state(alone))
     assert without_times(read_metrics(folder)) == without_times(read_metrics(alone))
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["out"] == str(folder)
