@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -64,17 +65,18 @@ def steps(results: Path) -> list[Step]:
     install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     plan = [
         Step("build", [python, *install], 240, build),
-        Step("tests", [*pytest, "tests/gpu", "tests/ops"], 240),
+        Step("tests", [*pytest, *_spread(), "tests/gpu", "tests/ops"], 540),
     ]
-    sanitizer = shutil.which("compute-sanitizer")
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "compute-sanitizer")
+    sanitizer = shutil.which("compute-sanitizer") or str(toolkit)
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        command = [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
         if tool == "memcheck":
             # Libraries that probe the driver make calls that fail, and mean no harm.
             command += ["--report-api-errors", "no"]
         # torch's caching allocator hides what lies beyond a tensor.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        plan.append(Step(tool, [*command, *pytest, *SANITIZED], 120, environment))
+        plan.append(Step(tool, [*command, *pytest, *SANITIZED], 300, environment))
     for backend in ("cuda", "triton"):
         out = str(results / f"digits_{backend}")
         train = ["-m", "czm_fused.training", "--device", "cuda", "--backend", backend]
@@ -97,7 +99,7 @@ def steps(results: Path) -> list[Step]:
             *("--details", str(results / f"{stem}_details.json")),
         ]
         benchmark = ["benchmarks/training_throughput.py", "--device", "cuda", "--depth", "110"]
-        plan.append(Step(stem, [python, *benchmark, *options, "--seconds", "90", *files], 500))
+        plan.append(Step(stem, [python, *benchmark, *options, "--seconds", "90", *files], 550))
     for model, batch, size in (("resnet110", "128", "32"), ("resnet50", "256", "224")):
         for cast in ((), ("--autocast", "bfloat16")):
             stem = f"batchnorm_cost_{model}_{cast[-1] if cast else 'float32'}"
@@ -107,9 +109,18 @@ def steps(results: Path) -> list[Step]:
             ]
             benchmark = ["benchmarks/batchnorm_cost.py", "--device", "cuda", "--model", model]
             what = ["--batch", batch, "--image-size", size, *cast]
-            how = ["--channels-last", "--compile", "--memory", "24"]
+            how = ["--channels-last", "--compile", "--seconds", "30"]
             plan.append(Step(stem, [python, *benchmark, *what, *how, *files], 550))
+        stem = f"largest_batch_{model}"
+        most = ["--image-size", size, "--channels-last", "--seconds", "0", "--memory", "24"]
+        files = ["--json", str(results / f"{stem}.json")]
+        plan.append(Step(stem, [python, *benchmark, *most, *files], 300))
     return plan
+
+
+def _spread() -> list[str]:
+    """Return what runs tests in several processes, where pytest-xdist is installed."""
+    return ["-n", "8"] if importlib.util.find_spec("xdist") else []
 
 
 def run(step: Step, results: Path) -> dict[str, object]:
@@ -190,9 +201,12 @@ def main() -> int:
         if unknown:
             parser.error(f"no step is named {', '.join(sorted(unknown))}")
         plan = [step for step in plan if step.name in arguments.only]
-    outcomes = [run(step, results) for step in plan]
-    report = {**facts, "steps": outcomes}
-    (results / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n")
+    report_file = results / "gpu_check.json"
+    outcomes = [{**run(step, results), **facts} for step in plan]
+    earlier = json.loads(report_file.read_text()) if report_file.exists() else []
+    done = {outcome["step"] for outcome in outcomes}
+    report = [outcome for outcome in earlier if outcome["step"] not in done] + outcomes
+    report_file.write_text(json.dumps(report, indent=2) + "\n")
     failed = [str(outcome["step"]) for outcome in outcomes if outcome["problem"]]
     print(f"gpu_check: {'failed: ' + ', '.join(failed) if failed else 'all passed'}; see {results}")
     return 1 if failed else 0

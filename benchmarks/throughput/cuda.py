@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .providers import Provider, Settings, TorchSGD
 
-_PROFILED_STEPS = 10
-
 
 class CompiledSGD(TorchSGD):
     """`torch.optim.SGD` whose step Inductor compiled."""
@@ -84,15 +82,19 @@ def extra_providers(
     return built, problems
 
 
-def device_work(step: Callable[[], object]) -> dict[str, float]:
+def device_work(step: Callable[[], object], steps: int = 10) -> dict[str, float]:
     """Return the device's time in a step, in microseconds, and its launches, as the profiler saw.
 
     Kernels count as launches; copies and fills are counted apart.
+
+    Args:
+        step: is run `steps` times.
+        steps: of which the mean is taken.
     """
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(_PROFILED_STEPS):
+        for _ in range(steps):
             step()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +106,7 @@ def device_work(step: Callable[[], object]) -> dict[str, float]:
         event["dur"] for event in events if event.get("cat") in ("gpu_memcpy", "gpu_memset")
     ]
     return {
-        "device_us": (sum(kernels) + sum(copies)) / _PROFILED_STEPS,
-        "launches": len(kernels) / _PROFILED_STEPS,
-        "copies": len(copies) / _PROFILED_STEPS,
+        "device_us": (sum(kernels) + sum(copies)) / steps,
+        "launches": len(kernels) / steps,
+        "copies": len(copies) / steps,
     }

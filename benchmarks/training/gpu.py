@@ -18,7 +18,7 @@ def breakdown(epoch: Callable[[], object], steps: int) -> dict[str, Any]:
         epoch: runs some steps.
         steps: how many.
     """
-    work = {name: value / steps for name, value in cuda.device_work(epoch).items()}
+    work = {name: value / steps for name, value in cuda.device_work(epoch, 1).items()}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         epoch()
         torch.cuda.synchronize()

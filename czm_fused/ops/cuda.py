@@ -162,7 +162,8 @@ def _work_items(rows: np.ndarray, block_threads: int) -> np.ndarray:
     """Deal the filters of a table out to blocks.
 
     A filter belongs to a team: the fewest threads, from a warp to a block, that can hold it in
-    their registers, else a whole block.
+    their registers, else a whole block. So does each part of a plain tensor, a whole block where
+    the last part is shorter.
 
     Returns:
         A row a block, as csrc/cuda/step_kernel.cuh declares it, the blocks with most weights first.
@@ -174,7 +175,8 @@ def _work_items(rows: np.ndarray, block_threads: int) -> np.ndarray:
         if row[COLUMN["numel"]] == 0:
             continue
         filter_numel = row[COLUMN["filter_numel"]]
-        team = _WARP
+        # A plain tensor's last part, shorter than the others, may take other barriers than they do.
+        team = block_threads if row[COLUMN["numel"]] % filter_numel else _WARP
         while team < block_threads and team * held[row[COLUMN["dtype"]]] < filter_numel:
             team *= 2
         teams = block_threads // team

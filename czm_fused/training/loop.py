@@ -126,7 +126,8 @@ class Trainer:
     def testing_pass(self) -> Pass:
         """Return a pass over the test images, not begun."""
         self.model.eval()
-        batches = torch.arange(len(self.data.test), device=self.device).split(TEST_BATCH_SIZE)
+        with self._own():
+            batches = torch.arange(len(self.data.test), device=self.device).split(TEST_BATCH_SIZE)
         title = f"test after epoch {self.epoch}"
         return Pass(self._name, title, batches, self._test, self._own, self.ranks)
 

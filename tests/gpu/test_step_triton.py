@@ -27,7 +27,9 @@ def set_grads(model, seed):
     generator = torch.Generator("cuda").manual_seed(seed)
     for param in model.parameters():
         # A new tensor: its address changes, as after zero_grad(set_to_none=True).
-        param.grad = torch.randn(param.shape, device="cuda", generator=generator).to(param.dtype)
+        # Small, as large ones of filters move log-scales by so much that exp overflows.
+        grad = 0.1 * torch.randn(param.shape, device="cuda", generator=generator)
+        param.grad = grad.to(param.dtype)
 
 
 def params_of(model):

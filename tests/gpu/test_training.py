@@ -79,21 +79,21 @@ def test_captured_training_learns(images, method, options):
 def test_every_replay_draws_anew(images):
     trainer = trainer_of(images, cuda_graph=True, noise=0.3, crop_padding=4, lr=0.0, head_lr=0.0)
     trainer.model.train()
-    batch = torch.arange(32, device="cuda")
-    losses = []
     with trainer._own():
-        for _ in range(EAGER_STEPS + 5):
-            losses.append(trainer._train(batch)[0])
-    replayed = torch.stack(losses[EAGER_STEPS:]).tolist()
+        batch = torch.arange(32, device="cuda")
+        losses = [trainer._train(batch)[0] for _ in range(EAGER_STEPS + 5)]
+        replayed = torch.stack(losses[EAGER_STEPS:]).tolist()
     assert len(set(replayed)) == len(replayed)
 
 
 def test_graph_follows_the_schedule(images):
     trainer = trainer_of(images, cuda_graph=True)
     trainer.train_epoch()
-    for group in trainer.optimizer.param_groups:
-        group["lr"].zero_()
-        group["weight_decay"] = 0.0
+    with trainer._own():
+        for group in trainer.optimizer.param_groups:
+            group["lr"].zero_()
+            group["weight_decay"] = 0.0
+    torch.cuda.synchronize()
     before = [param.detach().clone() for param in trainer.model.parameters()]
     trainer.train_epoch()
     for param, old in zip(trainer.model.parameters(), before, strict=True):
