@@ -91,14 +91,14 @@ def departures(results: Sequence[Result]) -> list[str]:
 
     What a row sets, where a run computes, and the length of the training are left out.
     """
-    found: dict[str, None] = {}
+    found: set[str] = set()
     for result in results:
         names = ("method", "dataset", "epochs")
         given = {name: result.settings[name] for name in names if name in result.settings}
         default = resolve(given).as_dict()
         for name, value in shared(result.settings).items():
             if name not in (*ROW_SETTINGS, "depth") and value != default[name]:
-                found[f"{option(name)} {value}"] = None
+                found.add(f"{option(name)} {value}")
     return sorted(found)
 
 
