@@ -101,13 +101,13 @@ def steps(results: Path) -> list[Step]:
         benchmark = ["benchmarks/training_throughput.py", "--device", "cuda", "--depth", "110"]
         plan.append(Step(stem, [python, *benchmark, *options, "--seconds", "90", *files], 550))
     for model, batch, size in (("resnet110", "128", "32"), ("resnet50", "256", "224")):
+        benchmark = ["benchmarks/batchnorm_cost.py", "--device", "cuda", "--model", model]
         for cast in ((), ("--autocast", "bfloat16")):
             stem = f"batchnorm_cost_{model}_{cast[-1] if cast else 'float32'}"
             files = [
                 *("--json", str(results / f"{stem}.json")),
                 *("--plot", str(results / f"{stem}.png")),
             ]
-            benchmark = ["benchmarks/batchnorm_cost.py", "--device", "cuda", "--model", model]
             what = ["--batch", batch, "--image-size", size, *cast]
             how = ["--channels-last", "--compile", "--seconds", "30"]
             plan.append(Step(stem, [python, *benchmark, *what, *how, *files], 550))

@@ -343,6 +343,10 @@ def test_value_that_was_refused_may_be_corrected(table1, tmp_path):
     assert status == 0
     assert cells(out, BN)[4] == "1"
 
+    # What was trained counts, whether or not its checkpoint was kept.
+    (tmp_path / "sweep" / BN / "seed-0" / "checkpoint.pt").unlink()
+    assert "begun with --momentum 0.9, not 0.8" in fails(table1, "--momentum", "0.8")
+
 
 def test_folder_with_other_files_is_refused(table1, tmp_path):
     (tmp_path / "sweep").mkdir()

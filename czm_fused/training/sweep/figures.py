@@ -228,14 +228,15 @@ def _draw_rejection(path: Path, results: Sequence[Result], network: str) -> bool
     return True
 
 
-def _rejection(record: dict[str, Any]) -> list[float]:
-    return list(record.get("rejection_db", {}).values())
+def _rejection(record: dict[str, Any]) -> dict[str, float]:
+    logged: dict[str, float] = record.get("rejection_db", {})
+    return logged
 
 
 def _median_rejection(record: dict[str, Any]) -> float | None:
     import numpy as np
 
-    values = _rejection(record)
+    values = list(_rejection(record).values())
     return float(np.median(values)) if values else None
 
 
@@ -244,6 +245,6 @@ def _last_rejection(runs: Sequence[Result]) -> dict[str, float]:
     last: dict[str, dict[Path, float]] = {}
     for run in runs:
         for record in run.history:
-            for layer, value in record.get("rejection_db", {}).items():
+            for layer, value in _rejection(record).items():
                 last.setdefault(layer, {})[run.folder] = value
     return {layer: sum(values.values()) / len(values) for layer, values in last.items()}

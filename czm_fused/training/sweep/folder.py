@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint
 from ..errors import TrainingError
 from ..files import replacing
 from ..settings import option
@@ -103,9 +102,9 @@ class SweepFolder:
 
     def _is_unused(self) -> bool:
         """Return whether no run has begun, as when a value that was refused is corrected."""
-        if any(self.path.glob(f"*/seed-*/{checkpoint.FILE_NAME}")):
-            return False
-        for path in self.path.glob(f"*/seed-*/{_RUN_LOCK}"):
+        for path in self.path.glob("*/seed-*/*"):
+            if path.name != _RUN_LOCK:
+                return False
             with _lock(path, timeout=0) as is_free:
                 if not is_free:
                     return False
