@@ -18,7 +18,11 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 import czm_build_plan as plan  # noqa: E402
 
 SOURCES = {
-    "cpu": sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cpu/*.cpp")),
+    "cpu": sorted(
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("*.cpp", "cpu/*.cpp")
+        for path in (ROOT / "csrc").glob(pattern)
+    ),
     "cuda": sorted(
         path.relative_to(ROOT).as_posix()
         for pattern in ("*.cu", "*.cpp")

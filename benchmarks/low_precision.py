@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from czm_fused.reference import exact_param
 from throughput.arguments import output, positive
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from czm_fused import FusedCZMSGD, czm_init_, czm_param_groups
-from czm_fused.reference import exact_param
 
 CLASSES = 10
 IMAGES = 512

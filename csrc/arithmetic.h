@@ -1,6 +1,8 @@
 // What host and device, every instruction set and every backend agree on about rounding.
 #pragma once
 
+#include <limits>
+
 #if defined(__CUDACC__)
 #define CZM_INLINE __host__ __device__ __forceinline__
 #else
@@ -14,6 +16,8 @@
 
 namespace czm {
 inline namespace CZM_ARCH {
+
+template <class Real> constexpr Real kLargest = std::numeric_limits<Real>::max();
 
 // Fused explicitly, and only here, so that every backend rounds where torch.optim.SGD rounds.
 CZM_INLINE float multiply_add(float a, float b, float c) {

@@ -1,4 +1,4 @@
-// The descriptor table of a step, written by czm_fused/ops/table.py: one row a tensor.
+// The descriptors of a step, one for each tensor, written by czm_fused/ops/step/descriptors.py.
 #pragma once
 
 #include <cstdint>
@@ -7,38 +7,39 @@ namespace czm {
 
 enum DType : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
+// State of a tensor, in the order of czm_fused/ops/step/spec.py: the addresses of a descriptor after
+// the parameter's. 0 where the tensor has no such state.
+#define CZM_STATES(FIELD)                                               \
+  FIELD(momentum_buffer)                                                \
+  FIELD(log_scale)                                                      \
+  FIELD(log_scale_momentum_buffer)                                      \
+  FIELD(step)            /* float32, 0 before the first update */       \
+  FIELD(param_remainder) /* of master weights, see param_remainder.h */
+
+#define CZM_DESCRIPTOR_FIELDS(FIELD)                                              \
+  FIELD(param)                                                                    \
+  CZM_STATES(FIELD)                                                               \
+  FIELD(numel)                                                                    \
+  FIELD(filter_numel)  /* of a filter, or of a block of a tensor without */       \
+  FIELD(taps)          /* 1 where CZMG has nothing to do */                       \
+  FIELD(channels_last) /* taps, not channels, are outermost in a filter */        \
+  FIELD(needs_norms)   /* the rule needs <W, W> and <dW, W> */                    \
+  FIELD(dtype)                                                                    \
+  FIELD(group)                                                                    \
+  FIELD(first_filter)  /* filters of all descriptors before this one */           \
+  FIELD(first_work)    /* units of work of all descriptors before this one */
+
 struct TensorRow {
-  int64_t param;
-  int64_t momentum_buffer;             // 0 without momentum
-  int64_t log_scale;                   // 0 if not exp-scaled
-  int64_t log_scale_momentum_buffer;   // 0 without momentum, or not exp-scaled
-  int64_t step;                        // 0 unless dampened: float32, 0 before the first update
-  int64_t param_remainder;             // 0 if the parameter is the whole weight; see remainder.h
-  int64_t numel;
-  int64_t filter_numel;                // of a filter, or of a block of a plain tensor
-  int64_t taps;
-  int64_t channels_last;               // whether taps, not channels, are outermost in a filter
-  int64_t reduces;                     // whether the rule needs <W, W> and <dW, W>
-  int64_t dtype;
-  int64_t group;
-  int64_t first_filter;                // filters of all rows before this one
-  int64_t first_work;                  // work units of all rows before this one
+#define CZM_FIELD(name) int64_t name;
+  CZM_DESCRIPTOR_FIELDS(CZM_FIELD)
+#undef CZM_FIELD
 };
 
-// One row a parameter group, in float64. A second table of this shape, in int64, holds for each
-// number the address of a float32 on the device that stands for it, or 0.
-struct GroupRow {
-  double lr;
-  double momentum;
-  double dampening;
-  double weight_decay;
-  double zmg;
-  double luma;
-  double nesterov;
-  double maximize;
-};
+#define CZM_COUNT(name) +1
+constexpr int kStateCount = 0 CZM_STATES(CZM_COUNT);
+#undef CZM_COUNT
 
-// What a filter costs beside its weights, in weights.
+// Cost of a filter beside its weights, in weights.
 constexpr int64_t kFilterWork = 128;
 
 }  // namespace czm

@@ -1,5 +1,5 @@
 // The update of one filter: what FusedCZMSGD does to W, its momentum and its log-scale g.
-// Host and device compile this same text; see "The identity that makes it free" in the README.
+// Host and device compile this same text; see czm_fused/ops/step/README.md.
 // A file that instantiates it for vectors includes their multiply_add first.
 #pragma once
 
@@ -9,8 +9,27 @@
 #include "arithmetic.h"
 
 namespace czm {
+
+// The hyperparameters of a parameter group, in the order of czm_fused/ops/step/spec.py.
+#define CZM_HYPERPARAMETERS(FIELD) \
+  FIELD(lr)                        \
+  FIELD(momentum)                  \
+  FIELD(dampening)                 \
+  FIELD(weight_decay)              \
+  FIELD(zmg)                       \
+  FIELD(luma)                      \
+  FIELD(nesterov)                  \
+  FIELD(maximize)
+
+struct GroupRow {
+#define CZM_FIELD(name) double name;
+  CZM_HYPERPARAMETERS(CZM_FIELD)
+#undef CZM_FIELD
+};
+
 inline namespace CZM_ARCH {
 
+// What the rule takes of them for one tensor.
 template <class Real>
 struct HyperParameters {
   Real lr;
@@ -22,6 +41,24 @@ struct HyperParameters {
   Real grad_factor;  // the sign of maximize over the scale of GradScaler
   bool nesterov;
 };
+
+// `is_first` is true for a tensor's first update: without momentum, and at its first update,
+// torch.optim.SGD ignores dampening.
+template <class Real>
+CZM_INLINE HyperParameters<Real> hyperparameters_of(const GroupRow& group, bool has_momentum,
+                                                    bool is_first, Real inverse_scale) {
+  HyperParameters<Real> result;
+  result.lr = Real(group.lr);
+  result.momentum = has_momentum ? Real(group.momentum) : Real(0);
+  result.one_minus_dampening =
+      has_momentum && !is_first ? Real(1 - group.dampening) : Real(1);
+  result.weight_decay = Real(group.weight_decay);
+  result.zmg = Real(group.zmg);
+  result.luma = Real(group.luma);
+  result.grad_factor = group.maximize != 0 ? -inverse_scale : inverse_scale;
+  result.nesterov = group.nesterov != 0;
+  return result;
+}
 
 // The coefficients of the weights' update. T is a number, or a vector of equal numbers.
 template <class T>
@@ -37,6 +74,22 @@ struct FilterRule {
   bool nesterov;
 };
 
+// Returns the rule with each coefficient replaced by convert(coefficient).
+template <class To, class From, class Convert>
+CZM_INLINE FilterRule<To> convert_rule(const FilterRule<From>& rule, const Convert& convert) {
+  FilterRule<To> result;
+  result.grad = convert(rule.grad);
+  result.weight = convert(rule.weight);
+  result.mean = convert(rule.mean);
+  result.decay = convert(rule.decay);
+  result.momentum = convert(rule.momentum);
+  result.one_minus_dampening = convert(rule.one_minus_dampening);
+  result.keep = convert(rule.keep);
+  result.rate = convert(rule.rate);
+  result.nesterov = rule.nesterov;
+  return result;
+}
+
 // From the two reductions <W, W> and <dW, W> to the rule of this filter; advances g in place.
 // log_scale is null for a filter that is not exp-scaled, its momentum null without momentum.
 template <class Real>
@@ -45,16 +98,21 @@ CZM_INLINE FilterRule<Real> filter_rule(const HyperParameters<Real>& hyper, Real
                                         Real* log_scale_momentum) {
   const Real g = log_scale ? *log_scale : Real(0);
   const Real scale = log_scale ? std::exp(g) : Real(1);
-  const Real norm = std::sqrt(weight_weight) / scale;
+  // exp(g) of a filter that has collapsed may be 0 in this arithmetic, and W with it: V is lost, and
+  // neither anchor nor decay has anything to act on.
+  const Real inverse_scale = scale > Real(0) ? Real(1) / scale : Real(0);
+  const Real norm = std::sqrt(weight_weight) * inverse_scale;
   FilterRule<Real> rule;
   rule.grad = hyper.grad_factor * scale;
-  rule.weight =
-      norm > Real(0) ? Real(2) * hyper.luma * ((norm - Real(1)) / norm) / scale : Real(0);
+  rule.weight = norm > Real(0)
+                    ? Real(2) * hyper.luma * ((norm - Real(1)) / norm) * inverse_scale
+                    : Real(0);
   rule.mean = taps > 1 ? hyper.zmg / static_cast<Real>(taps) : Real(0);
-  rule.decay = hyper.weight_decay / scale;
+  rule.decay = hyper.weight_decay * inverse_scale;
   rule.momentum = hyper.momentum;
   rule.one_minus_dampening = hyper.one_minus_dampening;
   rule.keep = Real(1);
+  rule.rate = -hyper.lr;
   rule.nesterov = hyper.nesterov;
   if (log_scale) {
     const Real dg = hyper.grad_factor * grad_weight;
@@ -63,9 +121,11 @@ CZM_INLINE FilterRule<Real> filter_rule(const HyperParameters<Real>& hyper, Real
     if (log_scale_momentum) *log_scale_momentum = m;
     const Real direction = hyper.nesterov ? multiply_add(hyper.momentum, m, dg) : m;
     *log_scale = multiply_add(-hyper.lr, direction, g);
-    rule.keep = std::exp(*log_scale - g);
+    // Bounded, so that a weight of 0 stays 0.
+    const Real keep = std::exp(*log_scale - g);
+    rule.keep = keep > kLargest<Real> ? kLargest<Real> : keep;
+    rule.rate *= std::exp(*log_scale);
   }
-  rule.rate = -hyper.lr * (scale * rule.keep);
   return rule;
 }
 

@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from czm_fused.example import preserved, run_example
 from czm_fused.init import Convolution, named_convolutions
 from czm_fused.nn import ExpScale
-from czm_fused.reference import compute_dtype, filter_norms
+from czm_fused.ops.step.reference import filter_norms
+from czm_fused.ops.step.spec import compute_dtype
 from czm_fused.text import format_table
 
 if TYPE_CHECKING:

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from czm_fused import reference, sharding
+from czm_fused._internal import sharding
 from czm_fused.ops import backends
-from czm_fused.ops.table import DTYPES, GROUP_COLUMNS, hyper_parameter_row
-from czm_fused.plan import (
-    OptimizerPlan,
-    check_hyper_parameters,
-    has_filters,
-    kind_of,
-    kinds_and_groups,
-    like_param,
-    split_by_device,
-    state_lists,
+from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor, scalar
+from czm_fused.ops.step.operator import state_lists
+from czm_fused.ops.step.plan import StepPlan, split
+from czm_fused.ops.step.spec import (
+    DTYPES,
+    FILTER_FLAGS,
+    HYPERPARAMETER_NAMES,
+    HYPERPARAMETERS,
+    OPTIONS,
+    STATES,
+    Shape,
+    StepFlag,
 )
+from czm_fused.ops.step.state import check_hyperparameters, fit_state, flags_of, init_state
+from czm_fused.ops.step.tensors import ParamState, StepInputs
 
-_FILTER_STATE = ("log_scale", "log_scale_momentum_buffer")
+_params_of = operator.itemgetter("params")
+_grad_of = operator.attrgetter("grad")
+_options_of = operator.itemgetter(*OPTIONS)
+_hyperparameters_of = operator.itemgetter(*HYPERPARAMETER_NAMES)
+_SWITCHES = tuple(
+    index for index, hyperparameter in enumerate(HYPERPARAMETERS) if hyperparameter.flag is not None
+)
+_MOST_PLANS = 8
 
 
 class FusedCZMSGD(Optimizer):
@@ -51,7 +65,7 @@ class FusedCZMSGD(Optimizer):
         params: parameters, named parameters or group dictionaries, as `torch.optim` takes them;
             `czm_param_groups(model)` makes the groups that a network needs.
         lr: learning rate, a float or a 0-d tensor. Default 1e-3.
-        momentum: momentum factor in [0, 1). Default 0.
+        momentum: momentum factor, a number >= 0. Default 0.
         dampening: dampening of momentum in [0, 1]. Default 0.
         weight_decay: L2 penalty, acting on `V`, not on `g`. Default 0; LUMA replaces it.
         nesterov: Nesterov momentum; needs momentum and no dampening. Default False.
@@ -67,7 +81,7 @@ class FusedCZMSGD(Optimizer):
             precision add up. Costs 2 bytes a weight; other dtypes are not affected. Default False.
         capturable: whether the learning rate is kept as a float32 tensor on the parameters' device,
             which a CUDA graph reads at every replay and a compiled step without compiling anew;
-            schedulers update it in place. Default False. Any hyper-parameter can be given as such.
+            schedulers update it in place. Default False. Any hyperparameter can be given as such.
         differentiable: accepted for `torch.optim.SGD`'s sake; False.
         foreach: accepted for `torch.optim.SGD`'s sake; None or False.
         fused: accepted for `torch.optim.SGD`'s sake; None or True.
@@ -89,17 +103,19 @@ class FusedCZMSGD(Optimizer):
     DTensors of the whole shape, placed as it is.
 
     Raises:
-        ValueError: a hyper-parameter out of its range; a DTensor that splits filters.
+        ValueError: a hyperparameter out of its range; a DTensor that splits filters.
         TypeError: a parameter that is not real floating point.
         RuntimeError: a backend asked for by name that cannot run; a sparse gradient.
     """
 
     _step_supports_amp_scaling = True
-    _plan: OptimizerPlan | None = None
+    # What a plan depends on beside layouts, and the plan; no plan holds a tensor or an address.
+    _plans: dict[tuple[Any, ...], StepPlan]
+    _converted: _Converted | None = None
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
@@ -110,7 +126,7 @@ class FusedCZMSGD(Optimizer):
         luma: float = 5e-4,
         exp_scale: bool = True,
         maximize: bool = False,
-        backend: str = "auto",
+        backend: Literal["auto", "cpu", "cuda", "triton", "reference"] = "auto",
         master_weights: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
@@ -131,6 +147,7 @@ class FusedCZMSGD(Optimizer):
                 f"backend must be one of auto, {', '.join(backends.BACKENDS)}, but was {backend!r}"
             )
         self.backend = backend
+        self._plans = {}
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -145,14 +162,14 @@ class FusedCZMSGD(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        check_hyper_parameters(defaults)
+        check_hyperparameters(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group` does, after checking it whole.
 
         Raises:
-            ValueError: a hyper-parameter out of its range, or parameters on several devices.
+            ValueError: a hyperparameter out of its range, or parameters on several devices.
             TypeError: a parameter that is not real floating point.
         """
         if not isinstance(param_group, dict):
@@ -160,7 +177,7 @@ class FusedCZMSGD(Optimizer):
         names_filters = "luma" in param_group or "exp_scale" in param_group
         param_group.setdefault("min_filter_dim", 2 if names_filters else 3)
         param_group.setdefault("max_filter_dim", None)
-        check_hyper_parameters({**self.defaults, **param_group})
+        check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
             _check_params(self.param_groups[-1])
@@ -170,14 +187,15 @@ class FusedCZMSGD(Optimizer):
             self.param_groups.pop()
             raise
         _make_capturable(self.param_groups[-1])
-        self._plan = None
+        self._plans.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
+        self._plans = {}
+        self._converted = None
         for group in self.param_groups:
             group.setdefault("min_filter_dim", 3)
             group.setdefault("max_filter_dim", None)
@@ -191,7 +209,7 @@ class FusedCZMSGD(Optimizer):
         """Load a state of this optimizer, or of `torch.optim.SGD`, whatever backend wrote it.
 
         The log-scales keep their float32, momentum takes its parameter's dtype and layout, and
-        hyper-parameters that the dictionary does not know keep their present values.
+        hyperparameters that the dictionary does not know keep their present values.
         """
         present = [dict(group) for group in self.param_groups]
         loaded: dict[str, Any] = {}
@@ -227,7 +245,6 @@ class FusedCZMSGD(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-        self._plan = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -237,7 +254,7 @@ class FusedCZMSGD(Optimizer):
             closure: evaluates the model again and returns the loss, or None.
 
         Raises:
-            ValueError: a hyper-parameter that has left its range.
+            ValueError: a hyperparameter that has left its range.
             RuntimeError: a sparse gradient, or one of another dtype, device or placement than its
                 parameter. Nothing is updated then.
         """
@@ -246,73 +263,183 @@ class FusedCZMSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        params = [param for group in self.param_groups for param in group["params"]]
-        grads = [param.grad for param in params]
-        if type(None) in set(map(type, grads)):
-            params = [param for param in params if param.grad is not None]
-            grads = [param.grad for param in params]
-
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):
             found_inf = None
-
         if torch.compiler.is_compiling():
-            self._compiled_step(params, grads, grad_scale, found_inf)
+            self._traced_step(grad_scale, found_inf)
+            return loss
+        params = list(chain.from_iterable(map(_params_of, self.param_groups)))
+        grads = list(map(_grad_of, params))
+        if _is_fake(params):
+            self._traced_step(grad_scale, found_inf)
             return loss
 
-        rows = [hyper_parameter_row(group) for group in self.param_groups]
-        plan = self._plan
-        if plan is None or not plan.still_describes(
-            self.param_groups, self.state, params, grads, rows, self.backend
-        ):
-            for group in self.param_groups:
-                check_hyper_parameters(group)
-            plan = self._plan = OptimizerPlan(
-                self.param_groups, self.state, params, rows, self.backend
-            )
-        try:
-            plan.run(grads, grad_scale, found_inf)
-        except Exception:
-            # What was refused must be looked at whole again.
-            self._plan = None
-            raise
+        converted = self._converted
+        values = list(chain.from_iterable(map(_hyperparameters_of, self.param_groups)))
+        if converted is None or not converted.is_of(values):
+            converted = self._converted = _Converted(self.param_groups, values, converted)
+        plan, all_inputs = self._plan(params, grads, converted.switches)
+        plan.run(all_inputs, converted.hyperparameters, grad_scale, found_inf)
+        if type(None) in set(map(type, grads)):
+            params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
         torch.autograd.graph.increment_version(params)
         return loss
 
-    def _compiled_step(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        rows = [[group[name] for name in GROUP_COLUMNS] for group in self.param_groups]
+    def _plan(
+        self, params: list[Tensor], grads: list[Tensor | None], switches: tuple[bool, ...]
+    ) -> tuple[StepPlan, list[StepInputs]]:
+        """Return a plan that fits these tensors, and what it has read of them."""
+        key = (
+            self.backend,
+            switches,
+            *map(_options_of, self.param_groups),
+            *map(len, map(_params_of, self.param_groups)),
+        )
+        plan = self._plans.get(key)
+        if plan is not None:
+            all_inputs = plan.read(params, grads, self._states(params))
+            if all_inputs is None:
+                all_inputs = plan.read(params, grads, self._states(params), reorders=True)
+            if all_inputs is not None:
+                return plan, all_inputs
+        plan = StepPlan(self.param_groups, self.state, params, grads, self.backend)
+        all_inputs = plan.read(params, grads, self._states(params), reorders=True)
+        if all_inputs is None:
+            raise RuntimeError(
+                "a parameter, its gradient or its state changed while its step was planned; do not "
+                "change them from another thread"
+            )
+        while len(self._plans) >= _MOST_PLANS:
+            del self._plans[next(iter(self._plans))]
+        self._plans[key] = plan
+        return plan, all_inputs
+
+    def _states(self, params: list[Tensor]) -> list[ParamState | None]:
+        state = self.state
+        # Hashing a tensor calls Python, so the order of the parameters is tried first.
+        if len(state) == len(params) and all(map(operator.is_, state, params)):
+            return list(state.values())
+        return list(map(state.get, params))
+
+    def _traced_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Make the step as the operator `czm_fused::step_`, which graphs can hold."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        rows = [[group[name] for name in HYPERPARAMETER_NAMES] for group in self.param_groups]
         devices = [x.device for row in rows for x in row if isinstance(x, Tensor)]
-        # Numbers join the tensors that must not be waited for.
+        # Numbers join the tensors that the host must not wait for.
         device = next((device for device in devices if device.type != "cpu"), None)
-        hyper_parameters = torch.stack(
+        hyperparameters = torch.stack(
             [
-                torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in row])
+                torch.stack(
+                    [
+                        torch.as_tensor(x, dtype=torch.float64, device=device or "cpu").squeeze()
+                        for x in row
+                    ]
+                )
                 for row in rows
             ]
         )
-        all_kinds, groups = kinds_and_groups(self.param_groups, self.state)
+        numbers = [number for number, grad in enumerate(grads) if grad is not None]
+        groups = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
+        flags = [StepFlag(0)] * len(params)
+        tensors: list[StepTensor | None] = [None] * len(params)
+        for number in numbers:
+            param = params[number]
+            flags[number] = flags_of(param, self.param_groups[groups[number]])
+            sharding.check_placements(number, param, bool(flags[number] & FILTER_FLAGS))
+            init_state(self.state[param], param, flags[number])
+            tensors[number] = StepTensor.of(sharding.local(param), flags[number], groups[number])
+        ours = list(map(sharding.local, params))
         local_grads = sharding.local_grads(params, grads)
-        by_device = split_by_device(params, all_kinds, self.backend)
-        for (_, backend), numbers in by_device.items():
-            kinds = [all_kinds[number] for number in numbers]
+        for (_, backend), members in split(ours, tensors, self.backend).items():
+            members = [number for number in members if grads[number] is not None]
+            its_flags = [int(flags[number]) for number in members]
+            states = [
+                {name: sharding.local(value) for name, value in self.state[params[number]].items()}
+                for number in members
+            ]
             torch.ops.czm_fused.step_(
-                [sharding.local(params[number]) for number in numbers],
-                [local_grads[number] for number in numbers],
-                *state_lists([self.state[params[number]] for number in numbers], kinds),
-                kinds,
-                [groups[number] for number in numbers],
-                hyper_parameters,
+                [ours[number] for number in members],
+                [local_grads[number] for number in members],
+                *state_lists(states, its_flags),
+                its_flags,
+                [groups[number] for number in members],
+                hyperparameters,
                 backend,
                 grad_scale,
                 found_inf,
             )
+
+
+class _Converted:
+    """The hyperparameters of all groups as kernels take them, and what they were made of.
+
+    Args:
+        param_groups: the groups.
+        values: their hyperparameters, in order.
+        before: what an earlier step has converted, or None.
+
+    Raises:
+        ValueError: a hyperparameter that is not in its range.
+    """
+
+    def __init__(
+        self, param_groups: list[dict[str, Any]], values: list[Any], before: _Converted | None
+    ) -> None:
+        changed = None if before is None else before._changed(values)
+        rows: list[list[float | DeviceScalar]] = []
+        if before is not None and changed is not None:
+            # A rate that a scheduler has changed, most often: the rest has been checked.
+            rows = list(map(list, before._rows))
+            for number in changed:
+                index, column = divmod(number, len(HYPERPARAMETERS))
+                hyperparameter = HYPERPARAMETERS[column]
+                if hyperparameter.flag or not hyperparameter.is_valid(values[number]):
+                    check_hyperparameters(param_groups[index])
+                rows[index][column] = values[number]
+        else:
+            for group in param_groups:
+                check_hyperparameters(group)
+                device = group["params"][0].device if group["params"] else None
+                rows.append([scalar(name, group[name], device) for name in HYPERPARAMETER_NAMES])
+        self._rows: list[list[float | DeviceScalar]] = rows
+        self.hyperparameters = Hyperparameters(rows)
+        self.switches = tuple([
+            isinstance(row[index], DeviceScalar) or row[index] != 0
+            for row in rows
+            for index in _SWITCHES
+        ])
+        self._values = values
+        # A tensor's value may change while it remains the same tensor.
+        self._is_constant = not any([isinstance(value, Tensor) for value in values])
+
+    def is_of(self, values: list[Any]) -> bool:
+        """Return True if `values` are what the hyperparameters were made of."""
+        return (
+            self._is_constant
+            and len(values) == len(self._values)
+            and all(map(operator.is_, values, self._values))
+        )
+
+    def _changed(self, values: list[Any]) -> list[int] | None:
+        """Return which values are other numbers than before, or None if more has changed."""
+        if not self._is_constant or len(values) != len(self._values):
+            return None
+        changed = [
+            n for n, old in enumerate(self._values) if values[n] is not old
+        ]
+        return changed if {type(values[n]) for n in changed} <= {float} else None
+
+
+def _is_fake(params: list[Tensor]) -> bool:
+    if not params or type(params[0]) in (Tensor, torch.nn.Parameter):
+        return False
+    from torch._subclasses.fake_tensor import is_fake
+
+    return any(map(is_fake, params))
 
 
 def _make_capturable(group: dict[str, Any]) -> None:
@@ -323,26 +450,21 @@ def _make_capturable(group: dict[str, Any]) -> None:
             group["lr"] = torch.as_tensor(lr, dtype=torch.float32).to(device)
 
 
-def _restore_state(
-    state: dict[str, Any] | None, saved: dict[str, Any], param: Tensor
-) -> None:
+def _restore_state(state: dict[str, Any] | None, saved: dict[str, Any], param: Tensor) -> None:
     """Undo the cast of all state to the parameter's dtype, and give it the parameter's layout."""
     if state is None:
         return
-    buffer = state.get("momentum_buffer")
-    if buffer is None:
+    if state.get("momentum_buffer") is None:
         state.pop("momentum_buffer", None)
-    elif buffer.shape == param.shape:
-        state["momentum_buffer"] = like_param("momentum_buffer", buffer, param, param.dtype)
-    remainder = saved.get("param_remainder")
-    if isinstance(remainder, Tensor) and remainder.shape == param.shape:
-        state["param_remainder"] = like_param("param_remainder", remainder, param, torch.int16)
-    for name in _FILTER_STATE:
-        if isinstance(saved.get(name), Tensor):
-            values = saved[name].to(
-                device=param.device, dtype=reference.compute_dtype(param.dtype)
-            )
-            state[name] = sharding.place_like(name, values, param)
+    for spec in STATES:
+        # The momentum that torch has cast is right; all other state is taken as it was saved.
+        value = state.get(spec.name) if spec.dtype is None else saved.get(spec.name)
+        if spec.shape is Shape.SCALAR or not isinstance(value, Tensor):
+            continue
+        if spec.shape is Shape.PARAM and value.shape != param.shape:
+            # The next step refuses it; until then it can be deleted.
+            continue
+        state[spec.name] = fit_state(spec, value, param)
 
 
 def _check_params(group: dict[str, Any]) -> None:
@@ -360,7 +482,7 @@ def _check_params(group: dict[str, Any]) -> None:
             )
         if param.layout != torch.strided:
             raise TypeError(f"parameter {number} is {param.layout}; FusedCZMSGD takes dense ones")
-        sharding.check_placements(number, param, has_filters(kind_of(param, group)))
+        sharding.check_placements(number, param, bool(flags_of(param, group) & FILTER_FLAGS))
     devices = sorted({str(param.device) for param in params})
     if len(devices) > 1:
         raise ValueError(

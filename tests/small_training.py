@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from czm_fused.ops.step.tensors import matching_strides
+
 BACKENDS = ["reference"]
 try:
     import czm_fused._C_cpu  # noqa: F401
@@ -54,3 +56,8 @@ def state_of(optimizer):
 
 def assert_equal(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def same_memory_order(a, b):
+    """Return True if two tensors of one shape have their elements in the same order in memory."""
+    return matching_strides(a.shape, a.stride(), b.stride())

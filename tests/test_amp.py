@@ -6,12 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import CZM, assert_equal, backward, network, on_every_backend, state_of, train
+from small_training import (
+    CZM,
+    assert_equal,
+    backward,
+    network,
+    on_every_backend,
+    same_memory_order,
+    state_of,
+    train,
+)
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from czm_fused import FusedCZMSGD, reference
-from czm_fused.ops.table import same_memory_order
+from czm_fused import FusedCZMSGD
+from czm_fused.ops.step import reference
 
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -12,14 +12,15 @@ from small_training import (
     backward,
     network,
     on_every_backend,
+    same_memory_order,
     train,
     weights,
 )
 from torch import nn
 from torch.optim import lr_scheduler
 
-from czm_fused import FusedCZMSGD, reference
-from czm_fused.ops.table import same_memory_order
+from czm_fused import FusedCZMSGD
+from czm_fused.ops.step import reference
 
 # --- torch.optim.SGD ------------------------------------------------------------------------------
 
@@ -380,7 +381,7 @@ def test_edited_state_is_noticed(backend):
 
     before = weights(model)
     optimizer.state[weight]["momentum_buffer"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"momentum_buffer has shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"momentum_buffer must have shape .*has \(3,\)"):
         optimizer.step()
     assert_equal(weights(model), before)
 

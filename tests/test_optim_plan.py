@@ -41,7 +41,7 @@ def test_a_parameter_cut_where_it_lies_is_noticed():
     param.data = whole[:8]
     set_grads([param])
     rest = whole[8:].clone()
-    with pytest.raises(ValueError, match="momentum_buffer has shape"):
+    with pytest.raises(ValueError, match="momentum_buffer must have shape"):
         optimizer.step()
     assert_equal(whole[8:], rest)
 
@@ -108,7 +108,7 @@ def test_a_parameter_reshaped_where_it_lies_is_noticed():
     param.data = param.data.view(4, 8, 3, 3)
     set_grads([param])
     before = param.detach().clone()
-    with pytest.raises(ValueError, match="momentum_buffer has shape"):
+    with pytest.raises(ValueError, match="momentum_buffer must have shape"):
         optimizer.step()
     assert_equal([param.detach()], [before])
 

@@ -29,7 +29,7 @@ NAN, INF = math.nan, math.inf
         ({"lr": torch.ones(2)}, r"lr must be a number or a 0-d tensor, but was tensor"),
         ({"lr": "0.1"}, "lr must be a number"),
         ({"lr": None}, "lr must be a number"),
-        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), but was 1.0"),
+        ({"momentum": math.inf}, r"momentum must be a finite number >= 0, but was inf"),
         ({"momentum": -0.1}, "momentum must be"),
         ({"momentum": NAN}, "momentum must be"),
         ({"dampening": 1.1}, r"dampening must be in \[0, 1\]"),
@@ -145,6 +145,6 @@ def test_no_device_is_updated_if_another_has_a_bad_gradient():
     here.grad = torch.ones(3)
     there.grad_dtype = None
     there.grad = torch.zeros(5, 3, device="meta", dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="gradient of parameter 0 is torch.float64"):
+    with pytest.raises(RuntimeError, match="gradient of parameter 1 is torch.float64"):
         optimizer.step()
     assert_equal(here.detach(), torch.ones(3))

@@ -13,6 +13,7 @@ from small_training import (
     backward,
     network,
     on_every_backend,
+    same_memory_order,
     state_of,
     train,
     weights,
@@ -20,8 +21,8 @@ from small_training import (
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from czm_fused import FusedCZMSGD, reference
-from czm_fused.ops.table import same_memory_order
+from czm_fused import FusedCZMSGD
+from czm_fused.ops.step import reference
 
 
 def by_state_dict(optimizer, model):

@@ -69,7 +69,7 @@ def error_inputs(device, dtype):
         if each.optimizer_error_input.desc == "Tensor lr must be 1-element":
             each.error_regex = "lr must be a number or a 0-d tensor"
     for kwargs, error, message in (
-        ({"momentum": -0.5}, ValueError, r"momentum must be in \[0, 1\), but was -0.5"),
+        ({"momentum": -0.5}, ValueError, r"momentum must be a finite number >= 0, but was -0.5"),
         ({"lr": -1e-2}, ValueError, "lr must be a finite number >= 0, but was -0.01"),
         ({"weight_decay": -1}, ValueError, "weight_decay must be a finite number >= 0"),
         ({"nesterov": True}, ValueError, "nesterov needs momentum > 0"),

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from czm_fused import reference
+from czm_fused.ops.step import reference
 
 STEPS = 200
 

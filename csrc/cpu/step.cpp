@@ -1,12 +1,12 @@
-// czm_fused::launch_step on CPU tensors: the table split by work over torch's threads.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/macros/Macros.h>
+// czm_fused._C_cpu.step: the work of a step split over torch's threads.
+#include "step.h"
 
-#include <optional>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
 
 #include "../step_table.h"
+#include "../update_rule.h"
 
 namespace czm {
 
@@ -31,32 +31,39 @@ StepRange* best_step_range() {
   return baseline::step_range;
 }
 
-// What a thread must have to do before another is worth waking, in weights.
-constexpr int64_t kLeastWork = 16384;
-
-using torch::stable::Tensor;
-
-void launch_step(Tensor table, Tensor grads, Tensor groups, Tensor /*group_addresses*/,
-                 int64_t work, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) * sizeof(int64_t) == sizeof(TensorRow),
-                  "czm_fused: the step table has ", table.size(1), " columns");
-  STD_TORCH_CHECK(groups.dim() == 2 && groups.size(1) * sizeof(double) == sizeof(GroupRow),
-                  "czm_fused: the group table has ", groups.size(1), " columns");
-  STD_TORCH_CHECK(grads.numel() == table.size(0), "czm_fused: ", grads.numel(),
-                  " gradients for ", table.size(0), " tensors");
-  if (found_inf && *found_inf->const_data_ptr<float>() != 0) return;
-  const double inverse_scale = grad_scale ? 1.0 / *grad_scale->const_data_ptr<float>() : 1.0;
-  const auto* rows = reinterpret_cast<const TensorRow*>(table.const_data_ptr<int64_t>());
-  const auto* grad_addresses = grads.const_data_ptr<int64_t>();
-  const auto* group_rows = reinterpret_cast<const GroupRow*>(groups.const_data_ptr<double>());
-  static StepRange* const step_range = best_step_range();
-  torch::stable::parallel_for(0, work, kLeastWork, [&](int64_t begin, int64_t end) {
-    step_range(rows, grad_addresses, table.size(0), group_rows, inverse_scale, begin, end);
-  });
-}
+// Grain size of parallel_for, in weights: below this, waking a thread takes longer than the work.
+constexpr int64_t kGrainSize = 65536;
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(czm_fused, CPU, m) { m.impl("launch_step", TORCH_BOX(&launch_step)); }
+const char kStepDoc[] =
+    "step(tensors, groups, work, inverse_scale) -> None\n\n"
+    "Update the tensors that read_tensors has read, by the hyperparameters of their groups, float64.";
+
+PyObject* step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 4) {
+    PyErr_SetString(PyExc_TypeError, "step takes 4 arguments");
+    return nullptr;
+  }
+  const char* const tensors = PyBytes_AsString(arguments[0]);
+  const char* const groups = tensors ? PyBytes_AsString(arguments[1]) : nullptr;
+  if (!groups) return nullptr;
+  const int64_t work = PyLong_AsLongLong(arguments[2]);
+  const double inverse_scale = PyFloat_AsDouble(arguments[3]);
+  if (PyErr_Occurred()) return nullptr;
+  const auto* const rows = reinterpret_cast<const TensorRow*>(tensors);
+  const int64_t row_count =
+      PyBytes_Size(arguments[0]) / int64_t(sizeof(TensorRow) + sizeof(int64_t));
+  const auto* const grads = reinterpret_cast<const int64_t*>(rows + row_count);
+  const auto* const group_rows = reinterpret_cast<const GroupRow*>(groups);
+  static StepRange* const step_range = best_step_range();
+  Py_BEGIN_ALLOW_THREADS
+  torch::stable::parallel_for(0, work, kGrainSize, [&](int64_t begin, int64_t end) {
+    step_range(rows, grads, row_count, group_rows, inverse_scale, begin, end);
+  });
+  Py_END_ALLOW_THREADS
+  Py_IncRef(Py_None);
+  return Py_None;
+}
 
 }  // namespace czm

@@ -20,12 +20,13 @@ constexpr int64_t kSumBlock = 4096;
 // How far ahead of the update memory is fetched, in bytes, where filters are shorter than that.
 constexpr int64_t kPrefetchBytes = 4096;
 
+// Not a lambda: GCC compiles those without the instruction set that the file selects.
+struct Broadcast {
+  template <class Real> Vector<Real> operator()(Real x) const { return broadcast(x); }
+};
+
 template <class Real> inline FilterRule<Vector<Real>> broadcast_rule(const FilterRule<Real>& rule) {
-  return {broadcast(rule.grad),       broadcast(rule.weight),
-          broadcast(rule.mean),       broadcast(rule.decay),
-          broadcast(rule.momentum),   broadcast(rule.one_minus_dampening),
-          broadcast(rule.keep),       broadcast(rule.rate),
-          rule.nesterov};
+  return convert_rule<Vector<Real>>(rule, Broadcast());
 }
 
 template <class Stored> struct Filter {
@@ -250,7 +251,7 @@ void update_filter(const Filter<Stored>& filter, const TensorRow& row,
   using Real = typename Arithmetic<Stored>::type;
   using T = Vector<Real>;
   Reductions<Real> sums{};
-  if (row.reduces) sums = reduce(filter);
+  if (row.needs_norms) sums = reduce(filter);
   Real* log_scale = row.log_scale ? reinterpret_cast<Real*>(row.log_scale) + number : nullptr;
   Real* log_scale_momentum =
       row.log_scale_momentum_buffer
@@ -273,27 +274,13 @@ void update_filter(const Filter<Stored>& filter, const TensorRow& row,
   }
 }
 
-template <class Real>
-HyperParameters<Real> hyper_parameters(const TensorRow& row, const GroupRow& group,
-                                       double inverse_scale) {
-  // Without momentum torch.optim.SGD ignores dampening, and so it does at a tensor's first update.
-  const bool first = row.step && *reinterpret_cast<const float*>(row.step) == 0;
-  const bool dampened = row.momentum_buffer && !first;
-  return {Real(group.lr),
-          row.momentum_buffer ? Real(group.momentum) : Real(0),
-          dampened ? Real(1 - group.dampening) : Real(1),
-          Real(group.weight_decay),
-          Real(group.zmg),
-          Real(group.luma),
-          Real(group.maximize != 0 ? -inverse_scale : inverse_scale),
-          group.nesterov != 0};
-}
-
 template <class Stored>
 void step_tensor(const TensorRow& row, int64_t grad, const GroupRow& group, double inverse_scale,
                  int64_t first_filter, int64_t last_filter) {
   using Real = typename Arithmetic<Stored>::type;
-  const auto hyper = hyper_parameters<Real>(row, group, inverse_scale);
+  const bool is_first = row.step && *reinterpret_cast<const float*>(row.step) == 0;
+  const auto hyper = hyperparameters_of<Real>(group, row.momentum_buffer != 0, is_first,
+                                              Real(inverse_scale));
   const int64_t least_prefetch = kPrefetchBytes / int64_t(sizeof(Stored));
   const Filter<Stored> tensor{
       reinterpret_cast<Stored*>(row.param),
@@ -319,6 +306,7 @@ void step_range(const TensorRow* rows, const int64_t* grads, int64_t row_count,
   }
   for (; low < row_count && rows[low].first_work < end; ++low) {
     const TensorRow& row = rows[low];
+    if (!grads[low]) continue;
     const int64_t filters = (row.numel + row.filter_numel - 1) / row.filter_numel;
     const int64_t work = row.filter_numel + kFilterWork;
     const auto filter_from = [&](int64_t unit) {

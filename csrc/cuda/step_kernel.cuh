@@ -74,21 +74,12 @@ __device__ __forceinline__ GroupRow group_row(const StepArguments<words>& argume
 }
 
 template <class T>
-__device__ __forceinline__ HyperParameters<T> hyper_parameters(const TensorRow& row,
-                                                               const GroupRow& group,
-                                                               const float* grad_scale) {
-  // Without momentum torch.optim.SGD ignores dampening, and so it does at a tensor's first update.
-  const bool first = row.step && *global_address<const float>(row.step) == 0;
-  const bool dampened = row.momentum_buffer && !first;
-  const T inverse_scale = grad_scale ? T(1) / T(*grad_scale) : T(1);
-  return {T(group.lr),
-          row.momentum_buffer ? T(group.momentum) : T(0),
-          dampened ? T(1 - group.dampening) : T(1),
-          T(group.weight_decay),
-          T(group.zmg),
-          T(group.luma),
-          group.maximize != 0 ? -inverse_scale : inverse_scale,
-          group.nesterov != 0};
+__device__ __forceinline__ HyperParameters<T> read_hyperparameters(const TensorRow& row,
+                                                                   const GroupRow& group,
+                                                                   const float* grad_scale) {
+  const bool is_first = row.step && *global_address<const float>(row.step) == 0;
+  return hyperparameters_of<T>(group, row.momentum_buffer != 0, is_first,
+                               grad_scale ? T(1) / T(*grad_scale) : T(1));
 }
 
 // Puts the filter's own log-scale and the sums over all threads into its rule, and advances g.
@@ -137,7 +128,7 @@ __device__ __forceinline__ void update_held(const Filter<Stored>& filter, const 
                                             Real<Stored>* shared, Real<Stored>* partial) {
   HeldFilter<Stored> held(filter, shared, team);
   Real<Stored> sums[2] = {};
-  if (row.reduces) {
+  if (row.needs_norms) {
     held.add_products_to(sums);
     team.sum(sums, partial);
   }
@@ -160,7 +151,7 @@ __device__ __forceinline__ void update_streamed(const Filter<Stored>& filter, co
                                                 Real<Stored>* shared, Real<Stored>* partial) {
   const StreamedFilter<Stored, size> streamed(filter, shared, team);
   Real<Stored> sums[2] = {};
-  if (row.reduces) {
+  if (row.needs_norms) {
     streamed.add_products_to(sums);
     team.sum(sums, partial);
   }
@@ -207,7 +198,7 @@ __device__ __forceinline__ void run(const WorkItem& item, const TensorRow& row, 
       row.filter_numel,
       row.taps,
       row.channels_last != 0};
-  const HyperParameters<T> hyper = hyper_parameters<T>(row, group, grad_scale);
+  const HyperParameters<T> hyper = read_hyperparameters<T>(row, group, grad_scale);
   RuleMaker<Stored> make_rule(row, number, has_filter);
   T* const team_shared = shared + team.number() * team.size * kHeld<Stored>;
   T* const partial = shared + kBlockThreads * kHeld<Stored>;
@@ -236,6 +227,7 @@ step_kernel(const __grid_constant__ StepArguments<words> arguments) {
   const TensorRow& row = arguments.rows[item.row];
   const GroupRow group = group_row(arguments, row.group);
   const int64_t grad = arguments.words[2 * kGroupWords * arguments.groups + item.row];
+  if (!grad) return;
   ((sizeof...(Stored) == 1 || row.dtype == DTypeOf<Stored>::value
         ? run<Stored>(item, row, grad, group, arguments.grad_scale,
                       reinterpret_cast<Real<Stored>*>(shared))

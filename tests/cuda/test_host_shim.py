@@ -16,13 +16,13 @@ from cases import (
     run,
     step_arguments,
 )
+from czm_fused.ops.cuda import _MOST_WORDS
+from czm_fused.ops.table import DTYPES as DTYPE_NUMBERS
+from czm_fused.ops.table import DeviceScalar, HyperParameters
 from host_kernels import BLOCK_THREADS, HostStep, load
 
 from czm_fused.ops import add_relu_noise, exp_scale, step
-from czm_fused.ops.cuda import _MOST_WORDS
 from czm_fused.ops.step import entries_from_lists
-from czm_fused.ops.table import DTYPES as DTYPE_NUMBERS
-from czm_fused.ops.table import DeviceScalar, HyperParameters
 
 
 @pytest.fixture(scope="module")

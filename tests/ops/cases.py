@@ -13,17 +13,9 @@ import torch
 from error_bounds import error_bounds
 from torch import Tensor
 
-from czm_fused import reference
 from czm_fused.ops import backends
-from czm_fused.ops.step import (
-    HAS_MOMENTUM,
-    HAS_REMAINDER,
-    IS_ANCHORED,
-    IS_DAMPENED,
-    IS_EXP_SCALED,
-    IS_ZERO_MEAN,
-)
-from czm_fused.ops.table import GROUP_COLUMNS
+from czm_fused.ops.step import reference
+from czm_fused.ops.step.spec import HYPERPARAMETER_NAMES, StepFlag, compute_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -65,8 +57,8 @@ class Options:
     exp_scale: bool = True
 
     def row(self) -> list[float]:
-        """Return the group's row of the operator's `hyper_parameters`."""
-        return [float(getattr(self, name)) for name in GROUP_COLUMNS]
+        """Return the group's row of the operator's `hyperparameters`."""
+        return [float(getattr(self, name)) for name in HYPERPARAMETER_NAMES]
 
 
 PLAIN = Options(zmg=0.0, luma=0.0, exp_scale=False)
@@ -109,16 +101,16 @@ class Case:
         return "-".join(parts)
 
     @property
-    def kind(self) -> int:
+    def flags(self) -> int:
         """The operator's bits for this tensor: the filter options act from two dimensions on."""
         options, is_filter = self.options, len(self.shape) > 1
         return (
-            HAS_MOMENTUM * (options.momentum != 0)
-            | IS_EXP_SCALED * (is_filter and options.exp_scale)
-            | IS_ZERO_MEAN * (is_filter and options.zmg != 0)
-            | IS_ANCHORED * (is_filter and options.luma != 0)
-            | IS_DAMPENED * (options.momentum != 0 and options.dampening != 0)
-            | HAS_REMAINDER * self.master_weights
+            StepFlag.MOMENTUM * (options.momentum != 0)
+            | StepFlag.EXP_SCALE * (is_filter and options.exp_scale)
+            | StepFlag.ZERO_MEAN * (is_filter and options.zmg != 0)
+            | StepFlag.ANCHOR * (is_filter and options.luma != 0)
+            | StepFlag.DAMPENING * (options.momentum != 0 and options.dampening != 0)
+            | StepFlag.MASTER_WEIGHTS * self.master_weights
         )
 
 
@@ -269,7 +261,7 @@ def _random_state(case: Case, seed: int) -> dict[str, Tensor]:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    shape, kind = case.shape, case.kind
+    shape, flags = case.shape, case.flags
     filters = shape[0] if len(shape) > 1 else 1
     # Filters of norms near 1, off their anchors, and channels of means that CZMG has to see.
     unit = max(math.prod(shape) // max(filters, 1), 1) ** -0.5
@@ -277,14 +269,14 @@ def _random_state(case: Case, seed: int) -> dict[str, Tensor]:
     per_channel = (*shape[:2], *[1] * (len(shape) - 2))
     param = unit * randn(*shape) * (1 + 0.5 * torch.rand(per_filter, generator=generator))
     grad = unit * (0.5 * randn(*shape) + 0.3 * randn(*per_channel)) + 0.3 * param
-    real = reference.compute_dtype(case.dtype)
+    real = compute_dtype(case.dtype)
     state = {"param": param.to(case.dtype), "grad": grad.to(case.dtype)}
-    if kind & HAS_MOMENTUM:
+    if flags & StepFlag.MOMENTUM:
         state["momentum_buffer"] = (0.5 * unit * randn(*shape)).to(case.dtype)
-    if kind & IS_EXP_SCALED:
+    if flags & StepFlag.EXP_SCALE:
         norms = state["param"].double().flatten(1).norm(dim=1).clamp(min=1e-30)
         state["log_scale"] = (norms.log() + 0.3 * randn(filters)).to(real)
-        if kind & HAS_MOMENTUM:
+        if flags & StepFlag.MOMENTUM:
             state["log_scale_momentum_buffer"] = (0.3 * randn(filters)).to(real)
     if case.master_weights:
         state["param_remainder"] = torch.empty(shape, dtype=torch.int16)
@@ -303,7 +295,7 @@ def step_arguments(
     found_inf: Tensor | None = None,
 ) -> tuple[object, ...]:
     """Return the arguments of `czm_fused::step_` for one step of all problems, a group each."""
-    kinds = [problem.case.kind for problem in problems]
+    all_flags = [problem.case.flags for problem in problems]
 
     def state(name: str) -> list[Tensor]:
         return [problem[name] for problem in problems if name in problem.memory]
@@ -311,8 +303,8 @@ def step_arguments(
     device = problems[0]["param"].device
     steps = [
         torch.tensor(0.0 if problem.case.first else 3.0, device=device)
-        for problem, kind in zip(problems, kinds, strict=True)
-        if kind & IS_DAMPENED
+        for problem, flags in zip(problems, all_flags, strict=True)
+        if flags & StepFlag.DAMPENING
     ]
     rows = [problem.case.options.row() for problem in problems]
     return (
@@ -323,7 +315,7 @@ def step_arguments(
         state("log_scale_momentum_buffer"),
         steps,
         state("param_remainder"),
-        kinds,
+        all_flags,
         list(range(len(problems))),
         torch.tensor(rows, dtype=torch.float64),
         backend,

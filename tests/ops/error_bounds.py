@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from czm_fused import reference
+from czm_fused.ops.step import reference
+from czm_fused.ops.step.spec import compute_dtype
 
 if TYPE_CHECKING:
     from cases import Case
@@ -34,7 +35,7 @@ def error_bounds(
     """
     options = case.options
     x = {name: tensor.double() for name, tensor in inputs.items()}
-    eps = torch.finfo(reference.compute_dtype(case.dtype)).eps
+    eps = torch.finfo(compute_dtype(case.dtype)).eps
     weight = x["param"].abs()
     is_filter = len(case.shape) > 1
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from cases import AVAILABLE, OPTION_CASES, OTHER_CASES, SHAPE_CASES, Problem, step_arguments
+from czm_fused.ops.table import COLUMN, build_table
 
 from czm_fused.ops.step import entries_from_lists
-from czm_fused.ops.table import COLUMN, build_table
 
 PLAIN_BLOCK = 1000
 CASES = [

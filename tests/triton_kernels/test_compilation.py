@@ -33,11 +33,11 @@ SIGNATURE = {
 
 
 def compiled(dtype, program_numel, target, split=False):
+    from czm_fused.ops.triton.step import launch_shape
+    from czm_fused.ops.triton.step_kernel import step_kernel
     from triton.compiler import ASTSource
 
     from czm_fused.ops.triton.device import TRITON_DTYPES, real_dtype
-    from czm_fused.ops.triton.step import launch_shape
-    from czm_fused.ops.triton.step_kernel import step_kernel
 
     num_warps, tile = launch_shape(program_numel, dtype, split)
     constants = {"DTYPE": TRITON_DTYPES[dtype], "REAL": real_dtype(dtype)}

@@ -7,7 +7,7 @@ import contextlib
 import torch
 import triton.language as tl
 
-from czm_fused.reference import compute_dtype
+from czm_fused.ops.step.spec import compute_dtype
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,

@@ -12,9 +12,8 @@ from types import ModuleType
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-
 from czm_fused.ops.cuda import CudaStep
+from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"

@@ -24,10 +24,10 @@ from cases import (  # noqa: E402
     Problem,
     run,
 )
+from czm_fused.ops.table import COLUMN  # noqa: E402
 from host_kernels import HostStep, load  # noqa: E402
 
 from czm_fused.ops import step  # noqa: E402
-from czm_fused.ops.table import COLUMN  # noqa: E402
 
 # Each way through the kernel: a warp a filter, two warps a filter, either through shared memory (in
 # a dtype that lies there otherwise than its sums, and with the spatial mean alone, so that no other

@@ -20,11 +20,11 @@ from cases import (
     run,
     step_arguments,
 )
+from czm_fused.ops.table import GROUP_COLUMNS, DeviceScalar, HyperParameters
+from czm_fused.ops.triton.step import TritonStep, _Arguments
 
 from czm_fused import FusedCZMSGD
 from czm_fused.ops.step import entries_from_lists
-from czm_fused.ops.table import GROUP_COLUMNS, DeviceScalar, HyperParameters
-from czm_fused.ops.triton.step import TritonStep, _Arguments
 
 # A program takes the interpreter a tenth of a second, so every launch takes many cases.
 _MOST_WEIGHTS = 20_000

@@ -1,4 +1,4 @@
-"""Parameters that are DTensors: each rank steps the filters that it holds, and nothing is sent."""
+"""Parameters that are DTensors: each rank steps its own filters, without communication."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+def is_special(tensor: Tensor) -> bool:
+    """Return True for a DTensor or any other subclass of Tensor than Parameter."""
+    return type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
-    """Whether `tensor` is a DTensor."""
-    # Its module takes a second to import, and who made one has done so.
+    """Return True for a DTensor."""
+    # Importing its module takes a second, and making a DTensor has imported it.
     if "torch.distributed.tensor" not in sys.modules:
         return False
     from torch.distributed.tensor import DTensor
@@ -25,9 +30,15 @@ def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
 
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a DTensor, sharing its memory; any other tensor itself."""
+    """Return this rank's part of a DTensor, or a plain alias of another subclass of Tensor.
+
+    Both share the memory of `tensor`; a plain tensor is returned itself.
+    """
     if not is_dtensor(tensor):
-        return tensor
+        if not is_special(tensor):
+            return tensor
+        with torch._C.DisableTorchFunctionSubclass():
+            return tensor.detach()
     part = tensor.to_local()
     # What a collective has yet to deliver can be waited for.
     return part.wait() if hasattr(part, "wait") else part
@@ -60,19 +71,21 @@ def check_placements(number: int, param: Tensor, has_filters: bool) -> None:
         )
 
 
-def local_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+def local_grads(
+    params: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """Return this rank's parts of the gradients.
 
     Raises:
         RuntimeError: a gradient that is not placed as its parameter is.
     """
     for number, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if _placed(grad) != _placed(param):
+        if grad is not None and _placed(grad) != _placed(param):
             raise RuntimeError(
                 f"the gradient of parameter {number} is {_describe(grad)}, but the parameter is "
                 f"{_describe(param)}; redistribute the gradient, or accumulate it, as the parameter"
             )
-    return [local(grad) for grad in grads]
+    return [None if grad is None else local(grad) for grad in grads]
 
 
 def per_filter(values: Tensor, param: Tensor) -> Tensor:

@@ -18,35 +18,35 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from czm_fused.ops.table import COLUMN, COLUMNS, GROUP_COLUMNS
+from czm_fused.ops.step.spec import DESCRIPTOR_FIELDS, FIELD, HYPERPARAMETER_NAMES
 
-_ROW_COLUMNS = tl.constexpr(len(COLUMNS))
-_PARAM = tl.constexpr(COLUMN["param"])
-_MOMENTUM_BUFFER = tl.constexpr(COLUMN["momentum_buffer"])
-_LOG_SCALE = tl.constexpr(COLUMN["log_scale"])
-_LOG_SCALE_MOMENTUM_BUFFER = tl.constexpr(COLUMN["log_scale_momentum_buffer"])
-_STEP = tl.constexpr(COLUMN["step"])
-_PARAM_REMAINDER = tl.constexpr(COLUMN["param_remainder"])
-_NUMEL = tl.constexpr(COLUMN["numel"])
-_FILTER_NUMEL = tl.constexpr(COLUMN["filter_numel"])
-_TAPS = tl.constexpr(COLUMN["taps"])
-_CHANNELS_LAST = tl.constexpr(COLUMN["channels_last"])
-_REDUCES = tl.constexpr(COLUMN["reduces"])
-_GROUP = tl.constexpr(COLUMN["group"])
-_FIRST_FILTER = tl.constexpr(COLUMN["first_filter"])
+_ROW_COLUMNS = tl.constexpr(len(DESCRIPTOR_FIELDS))
+_PARAM = tl.constexpr(FIELD["param"])
+_MOMENTUM_BUFFER = tl.constexpr(FIELD["momentum_buffer"])
+_LOG_SCALE = tl.constexpr(FIELD["log_scale"])
+_LOG_SCALE_MOMENTUM_BUFFER = tl.constexpr(FIELD["log_scale_momentum_buffer"])
+_STEP = tl.constexpr(FIELD["step"])
+_PARAM_REMAINDER = tl.constexpr(FIELD["param_remainder"])
+_NUMEL = tl.constexpr(FIELD["numel"])
+_FILTER_NUMEL = tl.constexpr(FIELD["filter_numel"])
+_TAPS = tl.constexpr(FIELD["taps"])
+_CHANNELS_LAST = tl.constexpr(FIELD["channels_last"])
+_NEEDS_NORMS = tl.constexpr(FIELD["needs_norms"])
+_GROUP = tl.constexpr(FIELD["group"])
+_FIRST_FILTER = tl.constexpr(FIELD["first_filter"])
 
-_GROUP_COLUMNS = tl.constexpr(len(GROUP_COLUMNS))
-_LR = tl.constexpr(GROUP_COLUMNS.index("lr"))
-_MOMENTUM = tl.constexpr(GROUP_COLUMNS.index("momentum"))
-_DAMPENING = tl.constexpr(GROUP_COLUMNS.index("dampening"))
-_WEIGHT_DECAY = tl.constexpr(GROUP_COLUMNS.index("weight_decay"))
-_ZMG = tl.constexpr(GROUP_COLUMNS.index("zmg"))
-_LUMA = tl.constexpr(GROUP_COLUMNS.index("luma"))
-_NESTEROV = tl.constexpr(GROUP_COLUMNS.index("nesterov"))
-_MAXIMIZE = tl.constexpr(GROUP_COLUMNS.index("maximize"))
+_GROUP_COLUMNS = tl.constexpr(len(HYPERPARAMETER_NAMES))
+_LR = tl.constexpr(HYPERPARAMETER_NAMES.index("lr"))
+_MOMENTUM = tl.constexpr(HYPERPARAMETER_NAMES.index("momentum"))
+_DAMPENING = tl.constexpr(HYPERPARAMETER_NAMES.index("dampening"))
+_WEIGHT_DECAY = tl.constexpr(HYPERPARAMETER_NAMES.index("weight_decay"))
+_ZMG = tl.constexpr(HYPERPARAMETER_NAMES.index("zmg"))
+_LUMA = tl.constexpr(HYPERPARAMETER_NAMES.index("luma"))
+_NESTEROV = tl.constexpr(HYPERPARAMETER_NAMES.index("nesterov"))
+_MAXIMIZE = tl.constexpr(HYPERPARAMETER_NAMES.index("maximize"))
 
 
-class _HyperParameters(NamedTuple):
+class _Hyperparameters(NamedTuple):
     lr: tl.tensor
     momentum: tl.tensor
     one_minus_dampening: tl.tensor
@@ -82,31 +82,31 @@ class _Filter(NamedTuple):
 
 
 @triton.jit
-def _hyper_parameter(addresses, values, COLUMN: tl.constexpr, REAL: tl.constexpr):
+def _hyperparameter(addresses, values, COLUMN: tl.constexpr, REAL: tl.constexpr):
     address = tl.load(addresses + COLUMN)
     on_device = tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=0.0)
     return tl.where(address != 0, on_device.to(REAL), tl.load(values + COLUMN))
 
 
 @triton.jit
-def _hyper_parameters(row, addresses, values, has_momentum, grad_scale, REAL: tl.constexpr):
-    momentum = _hyper_parameter(addresses, values, _MOMENTUM, REAL)
-    dampening = _hyper_parameter(addresses, values, _DAMPENING, REAL)
+def _hyperparameters(row, addresses, values, has_momentum, grad_scale, REAL: tl.constexpr):
+    momentum = _hyperparameter(addresses, values, _MOMENTUM, REAL)
+    dampening = _hyperparameter(addresses, values, _DAMPENING, REAL)
     # Without momentum torch.optim.SGD ignores dampening, and so it does at a tensor's first update.
     step = tl.load(row + _STEP)
     updates = tl.load(step.to(tl.pointer_type(tl.float32)), mask=step != 0, other=1.0)
-    maximize = _hyper_parameter(addresses, values, _MAXIMIZE, REAL) != 0
+    maximize = _hyperparameter(addresses, values, _MAXIMIZE, REAL) != 0
     grad_factor = tl.where(maximize, tl.full([], -1.0, REAL), tl.full([], 1.0, REAL))
     if grad_scale is not None:
         grad_factor = grad_factor / tl.load(grad_scale).to(REAL)
-    return _HyperParameters(
-        lr=_hyper_parameter(addresses, values, _LR, REAL),
+    return _Hyperparameters(
+        lr=_hyperparameter(addresses, values, _LR, REAL),
         momentum=tl.where(has_momentum, momentum, 0.0),
         one_minus_dampening=tl.where(has_momentum & (updates != 0), 1 - dampening, 1.0),
-        weight_decay=_hyper_parameter(addresses, values, _WEIGHT_DECAY, REAL),
-        zmg=_hyper_parameter(addresses, values, _ZMG, REAL),
-        luma=_hyper_parameter(addresses, values, _LUMA, REAL),
-        nesterov=_hyper_parameter(addresses, values, _NESTEROV, REAL) != 0,
+        weight_decay=_hyperparameter(addresses, values, _WEIGHT_DECAY, REAL),
+        zmg=_hyperparameter(addresses, values, _ZMG, REAL),
+        luma=_hyperparameter(addresses, values, _LUMA, REAL),
+        nesterov=_hyperparameter(addresses, values, _NESTEROV, REAL) != 0,
         grad_factor=grad_factor,
     )
 
@@ -117,22 +117,28 @@ def _filter_rule(
 ):
     """From <W, W> and <dW, W> to the rule of this filter, its new g, and the momentum of g."""
     scale = tl.exp(g)
-    norm = tl.sqrt(weight_weight) / scale
-    anchor = 2 * hyper.luma * ((norm - 1) / tl.where(norm > 0, norm, 1.0)) / scale
+    # 0 where exp(g) is: the direction is lost, as csrc/update_rule.h says.
+    inverse_scale = tl.where(scale > 0, 1.0 / tl.where(scale > 0, scale, 1.0), 0.0)
+    norm = tl.sqrt(weight_weight) * inverse_scale
+    anchor = 2 * hyper.luma * ((norm - 1) / tl.where(norm > 0, norm, 1.0)) * inverse_scale
     dg = hyper.grad_factor * grad_weight
     new_g_momentum = tl.fma(hyper.one_minus_dampening, dg, hyper.momentum * g_momentum)
     nesterov_direction = tl.fma(hyper.momentum, new_g_momentum, dg)
     new_g = tl.fma(-hyper.lr, tl.where(hyper.nesterov, nesterov_direction, new_g_momentum), g)
-    keep = tl.where(exp_scaled, tl.exp(new_g - g), 1.0)
+    # Bounded, so that a weight of 0 stays 0.
+    LARGEST: tl.constexpr = 1.7976931348623157e308 if REAL == tl.float64 else 3.4028234663852886e38
+    keep = tl.exp(new_g - g)
+    keep = tl.where(keep > LARGEST, LARGEST, keep)
+    keep = tl.where(exp_scaled, keep, 1.0)
     rule = _FilterRule(
         grad=hyper.grad_factor * scale,
         weight=tl.where(norm > 0, anchor, 0.0),
         mean=tl.where(taps > 1, hyper.zmg / taps.to(REAL), 0.0),
-        decay=hyper.weight_decay / scale,
+        decay=hyper.weight_decay * inverse_scale,
         momentum=hyper.momentum,
         one_minus_dampening=hyper.one_minus_dampening,
         keep=keep,
-        rate=-hyper.lr * (scale * keep),
+        rate=-hyper.lr * tl.where(exp_scaled, tl.exp(new_g), 1.0),
         nesterov=hyper.nesterov,
     )
     return rule, new_g, new_g_momentum
@@ -179,12 +185,12 @@ def _store_weight(weights, remainders, offsets, mask, weight, SPLIT: tl.constexp
 
 @triton.jit
 def _reduce(
-    filter, reduces, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
+    filter, needs_norms, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
     TILE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """<W, W> and <dW, W> of a filter, or zeros where nothing `reduces`."""
+    """<W, W> and <dW, W> of a filter, or zeros where the rule does not need them."""
     weights, remainders, grads, _ = _pointers(filter, DTYPE, VECTOR)
-    end = _multiple(tl.where(reduces, filter.numel, 0), VECTOR)
+    end = _multiple(tl.where(needs_norms, filter.numel, 0), VECTOR)
     weight_weight = tl.zeros([TILE], REAL)
     grad_weight = tl.zeros([TILE], REAL)
     tile = end * 0
@@ -337,7 +343,7 @@ def _step(
         taps=tl.load(row + _TAPS).to(tl.int32),
         channels_last=tl.load(row + _CHANNELS_LAST) != 0,
     )
-    hyper = _hyper_parameters(row, addresses, values, momentum != 0, grad_scale, REAL)
+    hyper = _hyperparameters(row, addresses, values, momentum != 0, grad_scale, REAL)
 
     # All threads read g before the barrier of the reductions, and one writes it after that.
     log_scale = tl.load(row + _LOG_SCALE)
@@ -347,13 +353,13 @@ def _step(
     log_scale_momenta = log_scale_momentum.to(tl.pointer_type(REAL)) + number
     g_momentum = tl.load(log_scale_momenta, mask=log_scale_momentum != 0, other=0.0)
 
-    reduces = tl.load(row + _REDUCES) != 0
+    needs_norms = tl.load(row + _NEEDS_NORMS) != 0
     aligned = (filter.weight | filter.grad | filter.momentum | filter.remainder) % 16 == 0
     aligned = aligned & ((filter.numel // filter.taps) % VECTOR == 0)
     if aligned:
-        weight_weight, grad_weight = _reduce(filter, reduces, DTYPE, REAL, SPLIT, TILE, VECTOR)
+        weight_weight, grad_weight = _reduce(filter, needs_norms, DTYPE, REAL, SPLIT, TILE, VECTOR)
     else:
-        weight_weight, grad_weight = _reduce(filter, reduces, DTYPE, REAL, SPLIT, TILE, 1)
+        weight_weight, grad_weight = _reduce(filter, needs_norms, DTYPE, REAL, SPLIT, TILE, 1)
 
     rule, new_g, new_g_momentum = _filter_rule(
         hyper, weight_weight, grad_weight, filter.taps, log_scale != 0, g, g_momentum, REAL
@@ -387,7 +393,7 @@ def step_kernel(
     Args:
         rows: the descriptor table, int64, (row_count, columns).
         program_rows: the row of each program, int32.
-        arguments: int64: the address of each row's gradient; for each group's hyper-parameters the
+        arguments: int64: the address of each row's gradient; for each group's hyperparameters the
             address of a float32 that stands for it, or 0; their values, as REAL.
         grad_scale: what gradients are divided by, float32, or None.
         found_inf: nothing is updated where it is not 0, float32, or None.
@@ -408,5 +414,5 @@ def step_kernel(
     skip = tl.full([], 0.0, tl.float32)
     if found_inf is not None:
         skip = tl.load(found_inf).to(tl.float32)
-    if skip == 0:
+    if (skip == 0) & (grad != 0):
         _step(row, number, addresses + group, values, grad, grad_scale, DTYPE, REAL, SPLIT, TILE)

@@ -1,4 +1,4 @@
-"""The paper's equations in plain torch: the oracle of every kernel, and the `reference` backend.
+"""The step in plain torch: the oracle of every kernel, and the backend `reference`.
 
 Written from the paper (Ruff, Beck, Bach, arXiv 1911.13173), not from the kernels: `V` and `exp(g)`
 are formed, stepped and multiplied again, where the kernels never form `V`.
@@ -7,14 +7,14 @@ are formed, stepped and multiplied again, where the kernels never form `V`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the arithmetic on tensors of `dtype`: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from czm_fused.ops.step.descriptors import Hyperparameters, StepTensor
+from czm_fused.ops.step.spec import STATE_NAMES, StepFlag, compute_dtype
+from czm_fused.ops.step.tensors import StepInputs
 
 
 def filter_norms(weight: Tensor) -> Tensor:
@@ -121,7 +121,9 @@ def step_(
     direction, direction_grad = weight, dweight
     if log_scale is not None:
         scale = _per_filter(log_scale.exp(), weight)
-        direction, direction_grad = weight / scale, dweight * scale
+        # A filter whose exp(g) is 0 in this arithmetic has lost its direction.
+        direction = torch.where(scale > 0, weight / scale, 0.0)
+        direction_grad = dweight * scale
         log_scale_grad = (dweight * weight).flatten(1).sum(dim=1)
         step = _momentum_step(
             log_scale_grad, log_scale_momentum_buffer, momentum, dampening, nesterov
@@ -165,3 +167,53 @@ def _momentum_step(
     averaged = momentum * buffer.to(grad.dtype) + (1 - dampening) * grad
     buffer.copy_(averaged)
     return grad + momentum * averaged if nesterov else averaged
+
+
+class ReferenceStep:
+    """Runs `step_` over the tensors of a plan, one after the other, on any device.
+
+    Args:
+        tensors: the parameters as planned; None for those that are not stepped.
+    """
+
+    def __init__(self, tensors: Sequence[StepTensor | None]) -> None:
+        self._tensors = tensors
+
+    def __call__(
+        self,
+        inputs: StepInputs,
+        hyperparameters: Hyperparameters,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        groups = [hyperparameters.group(index) for index in range(len(hyperparameters))]
+        for tensor, param, grad, state in zip(
+            self._tensors, inputs.params, inputs.grads, inputs.states, strict=True
+        ):
+            if grad is None or tensor is None:
+                continue
+            if grad_scale is not None:
+                # In the dtype of the arithmetic: a half gradient would be rounded, or vanish.
+                grad = grad.to(compute_dtype(grad.dtype)) / grad_scale
+            its_state = {name: (state or {}).get(name) for name in STATE_NAMES}
+            options = _options_of(tensor.flags, groups[tensor.group_index], its_state.pop("step"))
+            step_(param, grad, **its_state, **options)  # type: ignore[arg-type]
+
+
+def _options_of(
+    flags: StepFlag, group: dict[str, float | Tensor], step: Tensor | None
+) -> dict[str, float | Tensor]:
+    """Return the hyperparameters that `step_` takes for a tensor on which `flags` act."""
+    options = dict(group)
+    if not flags & StepFlag.MOMENTUM:
+        options["momentum"] = 0.0
+    # Without momentum torch.optim.SGD ignores dampening, and so it does at the first step.
+    if not flags & StepFlag.MOMENTUM or (step is not None and step.item() == 0):
+        options["dampening"] = 0.0
+    if not flags & StepFlag.ZERO_MEAN:
+        options["zmg"] = 0.0
+    if not flags & StepFlag.ANCHOR:
+        options["luma"] = 0.0
+    return {**options, "nesterov": bool(group["nesterov"]), "maximize": bool(group["maximize"])}

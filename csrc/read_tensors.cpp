@@ -1,0 +1,211 @@
+// Reads the live tensors of one step: checks that each is what the plan was built for, and returns a
+// copy of the plan's descriptors with their addresses. Nothing is kept between two calls.
+//
+// Tensors are read through DLPack's exchange API, which every torch.Tensor offers to C code: it costs
+// a sixth of passing them to an operator. It refuses what has no memory of its own (sparse, meta,
+// functorch's wrappers); what it does not tell is asked here: the type, the negative bit, and storage
+// that was resized to nothing.
+#include "read_tensors.h"
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#include "step_table.h"
+
+// DLPack's header is plain C and no part of torch's ABI.
+#undef TORCH_TARGET_VERSION
+#include <ATen/dlpack.h>
+
+namespace czm {
+namespace {
+
+struct Release {
+  void operator()(PyObject* object) const { Py_DecRef(object); }
+};
+using Owned = std::unique_ptr<PyObject, Release>;
+
+// torch's own objects, passed with each call: (exchange API, Tensor, Parameter, is_neg, storage_offset).
+struct Torch {
+  DLPackDLTensorFromPyObjectNoSync read;
+  PyObject *tensor_type, *parameter_type, *is_neg, *storage_offset;
+
+  explicit Torch(PyObject* objects) {
+    auto* const api = static_cast<DLPackExchangeAPI*>(
+        PyCapsule_GetPointer(PyTuple_GetItem(objects, 0), "dlpack_exchange_api"));
+    read = api ? api->dltensor_from_py_object_no_sync : nullptr;
+    tensor_type = PyTuple_GetItem(objects, 1);
+    parameter_type = PyTuple_GetItem(objects, 2);
+    is_neg = PyTuple_GetItem(objects, 3);
+    storage_offset = PyTuple_GetItem(objects, 4);
+  }
+
+  // A subclass may be anything.
+  bool is_plain(PyObject* object) const {
+    auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    return type == tensor_type || type == parameter_type;
+  }
+
+  bool has_negative_bit(PyObject* tensor) const {
+    const Owned result(PyObject_CallFunctionObjArgs(is_neg, tensor, nullptr));
+    return result.get() != Py_False;
+  }
+
+  // Storage resized to nothing has no memory, and its tensors' addresses are their offsets. No real
+  // address is below the first page, or equal to its offset.
+  bool has_memory(PyObject* tensor, const DLTensor& read) const {
+    constexpr uint64_t kLowAddresses = uint64_t(1) << 40;
+    const auto address = reinterpret_cast<uint64_t>(read.data);
+    if (address >= kLowAddresses) return true;
+    if (address == 0) return false;
+    const Owned offset(PyObject_CallFunctionObjArgs(storage_offset, tensor, nullptr));
+    return offset && address != PyLong_AsUnsignedLongLong(offset.get()) * read.dtype.bits / 8;
+  }
+};
+
+// What a tensor must be, as written by czm_fused/ops/step/tensors.py: dtype, dimensions, sizes,
+// strides. A stride of -1 may be anything.
+class Layout {
+ public:
+  explicit Layout(const int64_t* words) : words_(words) {}
+
+  const int64_t* end() const { return words_ + 2 + 2 * dim(); }
+
+  bool matches(const DLTensor& tensor) const {
+    const int64_t dtype = int64_t(tensor.dtype.code) << 8 | tensor.dtype.bits;
+    if (dtype != words_[0] || tensor.ndim != dim()) return false;
+    const int64_t *sizes = words_ + 2, *strides = sizes + dim();
+    for (int64_t d = 0; d < dim(); ++d)
+      if (tensor.shape[d] != sizes[d] || (strides[d] >= 0 && tensor.strides[d] != strides[d]))
+        return false;
+    return true;
+  }
+
+  bool is_empty() const {
+    for (int64_t d = 0; d < dim(); ++d)
+      if (words_[2 + d] == 0) return true;
+    return false;
+  }
+
+ private:
+  int64_t dim() const { return words_[1]; }
+
+  const int64_t* words_;
+};
+
+class Reader {
+ public:
+  Reader(const Torch& torch, const int64_t* device)
+      : torch_(torch), device_type_(device[0]), device_id_(device[1]) {}
+
+  // Writes the tensor's address, or returns false if it is not as the layout says. `known` is an address
+  // at which this tensor's memory was found readable before, or 0: asking for the negative bit takes
+  // longer than all else.
+  bool read(PyObject* object, const Layout& layout, int64_t known, int64_t* address) const {
+    DLTensor tensor;
+    if (!object || !torch_.is_plain(object) || torch_.read(object, &tensor) != 0) return false;
+    if (tensor.device.device_type != device_type_ || tensor.device.device_id != device_id_ ||
+        !layout.matches(tensor))
+      return false;
+    *address = reinterpret_cast<int64_t>(tensor.data);
+    if (*address == known || layout.is_empty()) return true;
+    return torch_.has_memory(object, tensor) && !torch_.has_negative_bit(object);
+  }
+
+ private:
+  const Torch& torch_;
+  int64_t device_type_, device_id_;
+};
+
+// The state of each parameter: a list of dictionaries.
+class States {
+ public:
+  States(PyObject* states, PyObject* names) : states_(states), names_(names) {}
+
+  PyObject* get(Py_ssize_t param, int name) const {
+    PyObject* const state = PyList_GetItem(states_, param);
+    if (!state || !PyDict_Check(state)) return nullptr;
+    return PyDict_GetItemWithError(state, PyTuple_GetItem(names_, name));
+  }
+
+ private:
+  PyObject *states_, *names_;
+};
+
+// Reads one parameter. Returns false if it, its gradient or its state is not as planned.
+bool read_param(const Reader& reader, const int64_t* layouts, PyObject* param, PyObject* grad,
+                const States& states, Py_ssize_t index, const TensorRow* before,
+                TensorRow& descriptor, int64_t* grad_address) {
+  static constexpr TensorRow kUnknown{};
+  if (!before) before = &kUnknown;
+  const bool is_planned = *layouts++ != 0;
+  *grad_address = 0;
+  if (grad == Py_None) return true;
+  if (!is_planned) return false;
+  const Layout layout(layouts);
+  if (!reader.read(param, layout, before->param, &descriptor.param)) return false;
+  if (!reader.read(grad, layout, 0, grad_address)) return false;
+  layouts = layout.end();
+  const int64_t* const known = &before->param + 1;
+  int64_t* const addresses = &descriptor.param + 1;
+  for (int name = 0; name < kStateCount; ++name) {
+    if (*layouts++ == 0) continue;
+    const Layout state(layouts);
+    if (!reader.read(states.get(index, name), state, known[name], addresses + name)) return false;
+    layouts = state.end();
+  }
+  return true;
+}
+
+}  // namespace
+
+const char kReadTensorsDoc[] =
+    "read_tensors(torch, descriptors, layouts, names, params, grads, states, before) -> bytes | int\n\n"
+    "Return the descriptors with the addresses of these tensors, followed by the addresses of the\n"
+    "gradients; or the index of the first parameter that is not as `layouts` says. `before` is what an\n"
+    "earlier call has returned, or None.";
+
+PyObject* read_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 8) {
+    PyErr_SetString(PyExc_TypeError, "read_tensors takes 8 arguments");
+    return nullptr;
+  }
+  PyObject *const descriptors = arguments[1], *const params = arguments[4], *const grads = arguments[5];
+  const Torch torch(arguments[0]);
+  const char* const layouts = PyBytes_AsString(arguments[2]);
+  if (PyErr_Occurred() || !torch.read || !layouts) return nullptr;
+  const Py_ssize_t size = PyBytes_Size(descriptors), params_count = PyList_Size(params);
+  if (size != params_count * Py_ssize_t(sizeof(TensorRow)) ||
+      PyList_Size(grads) != params_count) {
+    PyErr_SetString(PyExc_ValueError, "read_tensors takes a descriptor and a gradient a parameter");
+    return nullptr;
+  }
+  Owned result(PyBytes_FromStringAndSize(nullptr, size + params_count * Py_ssize_t(sizeof(int64_t))));
+  if (!result) return nullptr;
+  char* const bytes = PyBytes_AsString(result.get());
+  std::memcpy(bytes, PyBytes_AsString(descriptors), size);
+  auto* const rows = reinterpret_cast<TensorRow*>(bytes);
+  auto* const grad_addresses = reinterpret_cast<int64_t*>(bytes + size);
+
+  const TensorRow* before = nullptr;
+  if (PyBytes_Check(arguments[7]) && PyBytes_Size(arguments[7]) == PyBytes_Size(result.get()))
+    before = reinterpret_cast<const TensorRow*>(PyBytes_AsString(arguments[7]));
+
+  // The device, then for each parameter the number of its words and these.
+  const auto* words = reinterpret_cast<const int64_t*>(layouts);
+  const Reader reader(torch, words);
+  words += 2;
+  const States states(arguments[6], arguments[3]);
+  for (Py_ssize_t i = 0; i < params_count; ++i) {
+    if (!read_param(reader, words + 1, PyList_GetItem(params, i), PyList_GetItem(grads, i), states, i,
+                    before ? before + i : nullptr, rows[i], grad_addresses + i)) {
+      // Whatever made a tensor unreadable is told by its name, in Python.
+      PyErr_Clear();
+      return PyLong_FromSsize_t(i);
+    }
+    words += *words;
+  }
+  return result.release();
+}
+
+}  // namespace czm

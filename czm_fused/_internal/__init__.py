@@ -1,0 +1,1 @@
+"""Helpers of the package's own modules; nothing here is public."""

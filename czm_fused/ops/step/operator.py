@@ -1,0 +1,155 @@
+"""`czm_fused::step_`: the whole step as one operator, for compiled graphs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from czm_fused.ops import backends
+from czm_fused.ops.library import lib
+from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor
+from czm_fused.ops.step.plan import DevicePlan
+from czm_fused.ops.step.spec import HYPERPARAMETER_NAMES, STATES, StepFlag
+from czm_fused.ops.step.tensors import StepInputs, check_grads, has_state, problem_of_state
+
+_PLANS: list[tuple[tuple[object, ...], DevicePlan]] = []
+_MOST_PLANS = 16
+
+lib.define(
+    "step_(Tensor(a!)[] params, Tensor[] grads, "
+    + "".join(f"Tensor({chr(98 + n)}!)[] {state.name}s, " for n, state in enumerate(STATES))
+    + "int[] flags, int[] group_indices, Tensor hyperparameters, str backend, "
+    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+)
+
+
+def state_lists(
+    states: Sequence[dict[str, Any]], all_flags: Sequence[int]
+) -> tuple[list[Tensor], ...]:
+    """Return the state of all tensors as the lists that `czm_fused::step_` takes."""
+    return tuple(
+        [
+            state[spec.name]
+            for state, flags in zip(states, all_flags, strict=True)
+            if flags & spec.flags == spec.flags
+        ]
+        for spec in STATES
+    )
+
+
+@torch.no_grad()
+def _step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    *arguments: Any,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    if not params:
+        return
+    lists: tuple[list[Tensor], ...] = arguments[: len(STATES)]
+    flags, group_indices, hyperparameters, backend, *scales = arguments[len(STATES) :]
+    if scales:
+        grad_scale, found_inf = (*scales, found_inf)[:2]
+    _check_length("grads", grads, len(params))
+    _check_length("flags", flags, len(params))
+    _check_length("group_indices", group_indices, len(params))
+    rows = _hyperparameters(hyperparameters)
+    for index in group_indices:
+        if not 0 <= index < len(rows):
+            raise ValueError(f"group index {index} is not one of the {len(rows)} hyperparameters")
+    states = _states(lists, flags)
+    plan, inputs = _plan(params, grads, states, flags, group_indices, backend)
+    plan.run(inputs, rows, grad_scale, found_inf)
+    torch.autograd.graph.increment_version([*params, *itertools.chain(*lists)])
+
+
+def _states(lists: Sequence[list[Tensor]], all_flags: Sequence[int]) -> list[dict[str, Tensor]]:
+    """Return the state of each parameter.
+
+    Raises:
+        ValueError: a list of another length than the flags ask for.
+    """
+    states: list[dict[str, Tensor]] = [{} for _ in all_flags]
+    for spec, tensors in zip(STATES, lists, strict=True):
+        bits = int(spec.flags)
+        owners = [state for state, flags in zip(states, all_flags, strict=True)
+                  if flags & bits == bits]
+        _check_length(f"{spec.name}s", tensors, len(owners))
+        for state, tensor in zip(owners, tensors, strict=True):
+            state[spec.name] = tensor
+    return states
+
+
+def _plan(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    flags: list[int],
+    group_indices: list[int],
+    backend: str,
+) -> tuple[DevicePlan, StepInputs]:
+    """Return a plan for these tensors, of an earlier call if one fits, and its inputs."""
+    device = params[0].device
+    chosen = backends.choose(device, backend)
+    key = (device, chosen, flags, group_indices)
+    for its_key, plan in tuple(_PLANS):
+        if its_key == key:
+            inputs = plan.read(params, grads, states)  # type: ignore[arg-type]
+            if not isinstance(inputs, int):
+                return plan, inputs
+    tensors = [
+        StepTensor.of(param, StepFlag(its_flags), index)
+        for param, its_flags, index in zip(params, flags, group_indices, strict=True)
+    ]
+    _check_states(states, tensors, device)
+    ordered = check_grads(params, grads)
+    plan = DevicePlan(tensors, device, chosen)
+    inputs = plan.read(params, ordered, states)  # type: ignore[arg-type]
+    if isinstance(inputs, int):
+        raise RuntimeError(
+            f"parameter {inputs} of the step, its gradient or its state cannot be read: all must "
+            f"be plain tensors on {device} with memory of their own"
+        )
+    _PLANS.insert(0, (key, plan))
+    del _PLANS[_MOST_PLANS:]
+    return plan, inputs
+
+
+def _check_states(
+    states: Sequence[dict[str, Tensor]], tensors: Sequence[StepTensor], device: torch.device
+) -> None:
+    for number, (state, tensor) in enumerate(zip(states, tensors, strict=True)):
+        for spec in STATES:
+            if has_state(tensor, spec):
+                problem = problem_of_state(state[spec.name], spec, tensor, device)
+                if problem is not None:
+                    raise ValueError(f"the {spec.name} of parameter {number} {problem}")
+
+
+def _check_length(name: str, values: Sequence[object], length: int) -> None:
+    if len(values) != length:
+        raise ValueError(f"{name} must have {length} elements, but has {len(values)}")
+
+
+def _hyperparameters(tensor: Tensor) -> Hyperparameters:
+    if tensor.dim() != 2 or tensor.shape[1] != len(HYPERPARAMETER_NAMES):
+        raise ValueError(
+            f"hyperparameters must have shape (groups, {len(HYPERPARAMETER_NAMES)}), but has "
+            f"{tuple(tensor.shape)}"
+        )
+    if tensor.device.type == "cpu":
+        return Hyperparameters(tensor.tolist())
+    return Hyperparameters([[DeviceScalar(x) for x in row] for row in tensor.to(torch.float32)])
+
+
+lib.impl("step_", _step, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("czm_fused::step_", lib=lib)
+def _step_fake(*args: object, **kwargs: object) -> None:
+    return None

@@ -1,0 +1,350 @@
+"""The plan of a step: everything about it that layouts decide, and no address of any tensor."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from czm_fused._internal import sharding
+from czm_fused.ops import backends
+from czm_fused.ops.step import state as step_state
+from czm_fused.ops.step.descriptors import (
+    Hyperparameters,
+    StepTensor,
+    build_descriptors,
+    has_supported_strides,
+)
+from czm_fused.ops.step.reference import ReferenceStep
+from czm_fused.ops.step.spec import FILTER_FLAGS, STATES, StepFlag
+from czm_fused.ops.step.tensors import (
+    ParamState,
+    StepInputs,
+    TensorReader,
+    check_grads,
+    has_memory,
+    has_state,
+    is_readable,
+    problem_of_param,
+    problem_of_state,
+)
+
+_log = logging.getLogger("czm_fused")
+
+
+class _Runner(Protocol):
+    def __call__(
+        self,
+        inputs: StepInputs,
+        hyperparameters: Hyperparameters,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None: ...
+
+
+class DevicePlan:
+    """The step of the tensors on one device, by one backend.
+
+    Args:
+        tensors: what is stepped; None for parameters that are not.
+        device: where all of them are.
+        backend: one of `backends.BACKENDS`.
+
+    Raises:
+        ValueError: a parameter with strides that the backend does not support.
+    """
+
+    def __init__(
+        self, tensors: Sequence[StepTensor | None], device: torch.device, backend: str
+    ) -> None:
+        self.tensors = tensors
+        self.device = device
+        self._dampened = [
+            index
+            for index, tensor in enumerate(tensors)
+            if tensor is not None and tensor.flags & StepFlag.DAMPENING
+        ]
+        self._reader: TensorReader | None = None
+        if backend == "reference":
+            self._run: _Runner = ReferenceStep(tensors)
+        else:
+            self._run, descriptors = make_runner(backend, tensors, device)
+            self._reader = TensorReader(tensors, descriptors, device)
+
+    def read(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        states: list[ParamState | None],
+    ) -> StepInputs | int:
+        """Return the inputs of a step, or the index of a parameter that is not as planned."""
+        if self._reader is None:
+            wrong = self._first_unplanned(params, grads, states)
+            return StepInputs(params, grads, states, None) if wrong is None else wrong
+        result = self._reader.read(params, grads, states)
+        return result if isinstance(result, int) else StepInputs(params, grads, states, result)
+
+    def run(
+        self,
+        inputs: StepInputs,
+        hyperparameters: Hyperparameters,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Update every tensor that has a gradient in place.
+
+        Args:
+            inputs: what `read` returned.
+            hyperparameters: of the groups that the tensors name.
+            grad_scale: what the gradients are divided by, or None for 1.
+            found_inf: nothing is updated where this is not 0.
+        """
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(self.device, torch.float32)
+        if found_inf is not None:
+            found_inf = found_inf.to(self.device, torch.float32)
+        self._run(inputs, hyperparameters, grad_scale, found_inf)
+        if self._dampened:
+            steps = [
+                inputs.states[index]["step"]  # type: ignore[index]
+                for index in self._dampened
+                if inputs.grads[index] is not None
+            ]
+            updated = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
+            torch._foreach_add_(steps, updated)
+
+    def _first_unplanned(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        states: list[ParamState | None],
+    ) -> int | None:
+        for index, (tensor, param, grad, state) in enumerate(
+            zip(self.tensors, params, grads, states, strict=True)
+        ):
+            if grad is None:
+                continue
+            if tensor is None or (tuple(param.shape), param.stride(), param.dtype) != (
+                tensor.shape,
+                tensor.strides,
+                tensor.dtype,
+            ):
+                return index
+            if problem_of_param(grad, tensor, self.device, by_address=False) is not None:
+                return index
+            if any(
+                problem_of_state(
+                    (state or {}).get(spec.name), spec, tensor, self.device, by_address=False
+                )
+                for spec in STATES
+                if has_state(tensor, spec)
+            ):
+                return index
+        return None
+
+
+def make_runner(
+    backend: str, tensors: Sequence[StepTensor | None], device: torch.device
+) -> tuple[_Runner, Any]:
+    """Return what runs a native backend, and the descriptors of its tensors."""
+    if backend == "cuda":
+        from czm_fused.ops.step.cuda import CudaStep
+
+        cuda_step = CudaStep(tensors, device)
+        return cuda_step, cuda_step.descriptors
+    if backend == "triton":
+        from czm_fused.ops.step.triton import TritonStep
+
+        triton_step = TritonStep(tensors, device)
+        return triton_step, triton_step.descriptors
+    from czm_fused.ops.step.cpu import BLOCK_NUMEL, CpuStep
+
+    descriptors, work = build_descriptors(tensors, BLOCK_NUMEL)
+    return CpuStep(work), descriptors
+
+
+class StepPlan:
+    """The step of an optimizer: the plan of each of its devices and backends.
+
+    Args:
+        param_groups: the optimizer's groups.
+        state: the optimizer's state; what is missing for a step is created.
+        params: the parameters of all groups, in their order.
+        grads: their gradients, or None.
+        backend: as the optimizer was asked for it.
+
+    Raises:
+        ValueError: a parameter or state that cannot be stepped as asked.
+        RuntimeError: a gradient that cannot.
+    """
+
+    def __init__(
+        self,
+        param_groups: Sequence[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        backend: str,
+    ) -> None:
+        self._is_sharded = any(map(sharding.is_special, params))
+        self._parts: list[tuple[list[int], DevicePlan]] = []
+        groups = [
+            (index, group) for index, group in enumerate(param_groups) for _ in group["params"]
+        ]
+        all_flags = [
+            step_state.flags_of(param, group)
+            for param, (_, group) in zip(params, groups, strict=True)
+        ]
+        ours, our_grads = self._local(params, grads)
+        # Before any state is created.
+        check_grads(ours, our_grads)
+        tensors: list[StepTensor | None] = []
+        for number, (param, grad, flags, (index, _)) in enumerate(
+            zip(params, our_grads, all_flags, groups, strict=True)
+        ):
+            tensor = StepTensor.of(ours[number], flags, index)
+            if grad is not None:
+                sharding.check_placements(number, param, bool(flags & FILTER_FLAGS))
+                if not has_memory(ours[number]):
+                    raise ValueError(
+                        f"parameter {number} has no memory: its storage was resized to "
+                        f"{ours[number].untyped_storage().nbytes()} bytes; restore it before the "
+                        "step"
+                    )
+                step_state.init_state(state[param], param, flags)
+            elif not _has_all_state(state.get(param), tensor):
+                # It never had a gradient: its state is created with the first.
+                tensors.append(None)
+                continue
+            tensors.append(tensor)
+        for (device, its_backend), numbers in split(ours, tensors, backend).items():
+            if its_backend == "reference" != backend:
+                _warn_fallback()
+            plan = DevicePlan(
+                [tensors[number] for number in numbers],
+                device,
+                backends.choose(device, its_backend),
+            )
+            self._parts.append((numbers, plan))
+
+    def read(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        states: list[ParamState | None],
+        *,
+        reorders: bool = False,
+    ) -> list[StepInputs] | None:
+        """Return the inputs of a step, one for each device; or None if they are not as planned.
+
+        Args:
+            params: the parameters of all groups, in their order.
+            grads: their gradients, or None.
+            states: their states, or None.
+            reorders: copy gradients that have another layout than their parameters.
+        """
+        if self._is_sharded:
+            params, grads = self._local(params, grads)
+            states = [_local_state(state) for state in states]
+        if reorders:
+            grads = check_grads(params, grads)
+        if len(self._parts) == 1:
+            # One device has all parameters, in their order.
+            inputs = self._parts[0][1].read(params, grads, states)
+            return None if isinstance(inputs, int) else [inputs]
+        all_inputs = []
+        for numbers, plan in self._parts:
+            inputs = plan.read(
+                _select(numbers, params), _select(numbers, grads), _select(numbers, states)
+            )
+            if isinstance(inputs, int):
+                return None
+            all_inputs.append(inputs)
+        return all_inputs
+
+    def run(
+        self,
+        all_inputs: list[StepInputs],
+        hyperparameters: Hyperparameters,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Update everything in place."""
+        for (_, plan), inputs in zip(self._parts, all_inputs, strict=True):
+            plan.run(inputs, hyperparameters, grad_scale, found_inf)
+        if self._is_sharded:
+            torch.autograd.graph.increment_version(
+                [
+                    param
+                    for inputs in all_inputs
+                    for param, grad in zip(inputs.params, inputs.grads, strict=True)
+                    if grad is not None
+                ]
+            )
+
+    def _local(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        if not self._is_sharded:
+            return list(params), list(grads)
+        return list(map(sharding.local, params)), sharding.local_grads(params, grads)
+
+
+def _local_state(state: ParamState | None) -> ParamState | None:
+    if state is None:
+        return None
+    return {
+        name: sharding.local(value) if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }
+
+
+def _has_all_state(state: ParamState | None, tensor: StepTensor) -> bool:
+    return all(
+        isinstance((state or {}).get(spec.name), Tensor)
+        for spec in STATES
+        if has_state(tensor, spec)
+    )
+
+
+def _select(numbers: Sequence[int], items: list[Any]) -> list[Any]:
+    return [items[number] for number in numbers]
+
+
+def split(
+    params: Sequence[Tensor], tensors: Sequence[StepTensor | None], backend: str
+) -> dict[tuple[torch.device, str], list[int]]:
+    """Return which parameters a device steps at once, and by which backend.
+
+    The backend is the one asked for, but `auto` leaves layouts that no kernel supports, and
+    parameters with a negative bit, to the reference.
+    """
+    chosen = os.environ.get(backends.ENVIRONMENT_VARIABLE, "auto") if backend == "auto" else backend
+    numbers: dict[tuple[torch.device, str], list[int]] = {}
+    for number, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
+        its_backend = backend
+        if tensor is not None:
+            supported = has_supported_strides(tensor.shape, tensor.strides, tensor.flags)
+            if not (supported and is_readable(param)):
+                if chosen == "auto":
+                    its_backend = "reference"
+                elif chosen != "reference" and supported:
+                    raise ValueError(
+                        f"parameter {number} has a negative bit, which backend={backend!r} does "
+                        "not read; set it to param.resolve_neg(), or use backend='reference'"
+                    )
+        numbers.setdefault((param.device, its_backend), []).append(number)
+    return numbers
+
+
+@functools.cache
+def _warn_fallback() -> None:
+    _log.warning(
+        "Non-dense parameters (for example slices of a larger tensor) fall back to "
+        "backend='reference'; call .contiguous() on them."
+    )

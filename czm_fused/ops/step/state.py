@@ -1,0 +1,148 @@
+"""The state of a parameter: which parts of the method act on it, and what they keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from czm_fused._internal import sharding
+from czm_fused.ops.step.descriptors import scalar
+from czm_fused.ops.step.reference import initial_log_scale
+from czm_fused.ops.step.spec import (
+    HYPERPARAMETERS,
+    STATES,
+    Shape,
+    State,
+    StepFlag,
+    state_dtype,
+)
+from czm_fused.ops.step.tensors import has_memory, is_readable, matching_strides
+
+_FILTERS_ONLY = StepFlag.ZERO_MEAN | StepFlag.ANCHOR
+
+
+def is_on_device(value: object) -> bool:
+    """Return True for a tensor that the host would have to wait for."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def is_on(value: Any) -> bool:
+    """Return True if a part of the method may act; a device scalar may turn it on at any time."""
+    return is_on_device(value) or bool(value != 0)
+
+
+def flags_of(param: Tensor, group: dict[str, Any]) -> StepFlag:
+    """Return the parts of the method that act on a parameter of `group`."""
+    most = group["max_filter_dim"]
+    is_filter = param.dim() >= group["min_filter_dim"] and (most is None or param.dim() <= most)
+    flags = StepFlag(0)
+    for hyperparameter in HYPERPARAMETERS:
+        flag = hyperparameter.flag
+        if flag is not None and is_on(group[hyperparameter.name]):
+            flags |= flag
+    if not is_filter:
+        flags &= ~_FILTERS_ONLY
+    elif group["exp_scale"]:
+        flags |= StepFlag.EXP_SCALE
+    if not flags & StepFlag.MOMENTUM:
+        flags &= ~StepFlag.DAMPENING
+    if group["master_weights"] and param.dtype.itemsize == 2:
+        flags |= StepFlag.MASTER_WEIGHTS
+    return flags
+
+
+def check_hyperparameters(group: dict[str, Any]) -> None:
+    """Check that every hyperparameter of `group` is in its range.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    for hyperparameter in HYPERPARAMETERS:
+        name, value = hyperparameter.name, group[hyperparameter.name]
+        # The host does not wait for a device scalar.
+        if is_on_device(value):
+            continue
+        if not hyperparameter.is_valid(scalar(name, value, device=None)):  # type: ignore[arg-type]
+            raise ValueError(f"{name} must be {hyperparameter.range}, but was {value}")
+    if group["nesterov"] and not (is_on(group["momentum"]) and group["dampening"] == 0):
+        raise ValueError(
+            "nesterov needs momentum > 0 and dampening = 0, but momentum was "
+            f"{group['momentum']} and dampening {group['dampening']}"
+        )
+
+
+def init_state(state: dict[str, Any], param: Tensor, flags: StepFlag) -> None:
+    """Create the state that is missing, and fit what is there to a parameter that was converted.
+
+    Raises:
+        ValueError: a state that cannot be fitted to its parameter.
+    """
+    began_without_count = state.get("momentum_buffer") is not None
+    for spec in STATES:
+        if flags & spec.flags != spec.flags:
+            if spec.flags == StepFlag.MASTER_WEIGHTS:
+                # It would belong to other weights when it is wanted again.
+                state.pop(spec.name, None)
+        elif state.get(spec.name) is None:
+            state[spec.name] = _new_state(spec, state, param, began_without_count)
+        else:
+            state[spec.name] = fit_state(spec, state[spec.name], param)
+
+
+def _new_state(
+    spec: State, state: dict[str, Any], param: Tensor, began_without_count: bool
+) -> Tensor:
+    dtype = state_dtype(spec, param.dtype)
+    if spec.name == "log_scale":
+        return sharding.per_filter(initial_log_scale(sharding.local(param).detach()), param)
+    if spec.name == "step":
+        # Momentum without a count was loaded, or gathered before dampening was turned on.
+        return torch.full((), float(began_without_count), dtype=dtype, device=param.device)
+    like = state["log_scale"] if spec.shape is Shape.FILTERS else param
+    return torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def fit_state(spec: State, value: Any, param: Tensor) -> Tensor:
+    """Return state `value` in the dtype, on the device and in the layout that `param` needs.
+
+    Raises:
+        ValueError: it is not a tensor, has no memory, or has another shape.
+    """
+    if spec.shape is Shape.SCALAR and not isinstance(value, Tensor):
+        # torch loads a count of steps that is a number, too.
+        value = torch.tensor(value, dtype=torch.float32, device=param.device)
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{spec.name} must be a tensor, but was {type(value).__name__}; delete it from the "
+            "optimizer's state to begin anew"
+        )
+    shapes = {Shape.PARAM: param.shape, Shape.FILTERS: param.shape[:1], Shape.SCALAR: ()}
+    shape = tuple(shapes[spec.shape])
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{spec.name} must have shape {shape} for a parameter of shape {tuple(param.shape)}, "
+            f"but has {tuple(value.shape)}; delete it from the optimizer's state to begin anew"
+        )
+    dtype = state_dtype(spec, param.dtype)
+    if spec.shape is not Shape.SCALAR:
+        value = sharding.place_like(spec.name, value, param)
+    ours = sharding.local(value)
+    if not has_memory(ours):
+        raise ValueError(
+            f"{spec.name} has no memory: its storage was resized to "
+            f"{ours.untyped_storage().nbytes()} bytes; restore it before the step"
+        )
+    # Its own layout is checked against the parameter's, or (out_channels,) against contiguous.
+    like = sharding.local(param) if spec.shape is Shape.PARAM else ours.contiguous()
+    if (
+        value.dtype == dtype
+        and value.device == param.device
+        and is_readable(ours)
+        and matching_strides(ours.shape, ours.stride(), like.stride())
+    ):
+        return value
+    if spec.shape is Shape.PARAM:
+        return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
+    return value.to(device=param.device, dtype=dtype).resolve_neg().contiguous()
