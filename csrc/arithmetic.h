@@ -1,6 +1,8 @@
 // What host and device, every instruction set and every backend agree on about rounding.
 #pragma once
 
+#include <type_traits>
+
 #if defined(__CUDACC__)
 #define CZM_INLINE __host__ __device__ __forceinline__
 #else
@@ -14,6 +16,10 @@
 
 namespace czm {
 inline namespace CZM_ARCH {
+
+// The type of the arithmetic on a stored type: half types are computed in float and rounded once.
+template <class Stored>
+using opmath_type = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
 
 // Fused explicitly, and only here, so that every backend rounds where torch.optim.SGD rounds.
 CZM_INLINE float multiply_add(float a, float b, float c) {

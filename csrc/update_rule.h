@@ -11,15 +11,15 @@
 namespace czm {
 inline namespace CZM_ARCH {
 
-template <class Real>
+template <class opmath_t>
 struct HyperParameters {
-  Real lr;
-  Real momentum;
-  Real one_minus_dampening;
-  Real weight_decay;
-  Real zmg;
-  Real luma;
-  Real grad_factor;  // the sign of maximize over the scale of GradScaler
+  opmath_t lr;
+  opmath_t momentum;
+  opmath_t one_minus_dampening;
+  opmath_t weight_decay;
+  opmath_t zmg;
+  opmath_t luma;
+  opmath_t grad_factor;  // the sign of maximize over the scale of GradScaler
   bool nesterov;
 };
 
@@ -39,29 +39,29 @@ struct FilterRule {
 
 // From the two reductions <W, W> and <dW, W> to the rule of this filter; advances g in place.
 // log_scale is null for a filter that is not exp-scaled, its momentum null without momentum.
-template <class Real>
-CZM_INLINE FilterRule<Real> filter_rule(const HyperParameters<Real>& hyper, Real weight_weight,
-                                        Real grad_weight, int64_t taps, Real* log_scale,
-                                        Real* log_scale_momentum) {
-  const Real g = log_scale ? *log_scale : Real(0);
-  const Real scale = log_scale ? std::exp(g) : Real(1);
-  const Real norm = std::sqrt(weight_weight) / scale;
-  FilterRule<Real> rule;
+template <class opmath_t>
+CZM_INLINE FilterRule<opmath_t> filter_rule(const HyperParameters<opmath_t>& hyper, opmath_t weight_weight,
+                                        opmath_t grad_weight, int64_t taps, opmath_t* log_scale,
+                                        opmath_t* log_scale_momentum) {
+  const opmath_t g = log_scale ? *log_scale : opmath_t(0);
+  const opmath_t scale = log_scale ? std::exp(g) : opmath_t(1);
+  const opmath_t norm = std::sqrt(weight_weight) / scale;
+  FilterRule<opmath_t> rule;
   rule.grad = hyper.grad_factor * scale;
   rule.weight =
-      norm > Real(0) ? Real(2) * hyper.luma * ((norm - Real(1)) / norm) / scale : Real(0);
-  rule.mean = taps > 1 ? hyper.zmg / static_cast<Real>(taps) : Real(0);
+      norm > opmath_t(0) ? opmath_t(2) * hyper.luma * ((norm - opmath_t(1)) / norm) / scale : opmath_t(0);
+  rule.mean = taps > 1 ? hyper.zmg / static_cast<opmath_t>(taps) : opmath_t(0);
   rule.decay = hyper.weight_decay / scale;
   rule.momentum = hyper.momentum;
   rule.one_minus_dampening = hyper.one_minus_dampening;
-  rule.keep = Real(1);
+  rule.keep = opmath_t(1);
   rule.nesterov = hyper.nesterov;
   if (log_scale) {
-    const Real dg = hyper.grad_factor * grad_weight;
-    Real m = log_scale_momentum ? *log_scale_momentum : Real(0);
+    const opmath_t dg = hyper.grad_factor * grad_weight;
+    opmath_t m = log_scale_momentum ? *log_scale_momentum : opmath_t(0);
     m = multiply_add(hyper.one_minus_dampening, dg, hyper.momentum * m);
     if (log_scale_momentum) *log_scale_momentum = m;
-    const Real direction = hyper.nesterov ? multiply_add(hyper.momentum, m, dg) : m;
+    const opmath_t direction = hyper.nesterov ? multiply_add(hyper.momentum, m, dg) : m;
     *log_scale = multiply_add(-hyper.lr, direction, g);
     rule.keep = std::exp(*log_scale - g);
   }

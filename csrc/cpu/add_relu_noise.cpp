@@ -55,9 +55,9 @@ struct Noise {
 
 template <typename T>
 CZM_VECTORISED void forward_range(
-    T* output, const T* x, const T* residual, const Noise<arithmetic_t<T>>& noise, int64_t begin,
+    T* output, const T* x, const T* residual, const Noise<opmath_type<T>>& noise, int64_t begin,
     int64_t end) {
-  using A = arithmetic_t<T>;
+  using A = opmath_type<T>;
   noise.for_each_run(begin, end, [=](int64_t first, int64_t count, auto u) {
     T* __restrict__ out = output + first;
     const T* __restrict__ a = x + first;
@@ -78,9 +78,9 @@ CZM_VECTORISED void forward_range(
 
 template <typename T>
 CZM_VECTORISED void backward_range(
-    T* grad_input, const T* grad, const T* output, const Noise<arithmetic_t<T>>& noise,
+    T* grad_input, const T* grad, const T* output, const Noise<opmath_type<T>>& noise,
     int64_t begin, int64_t end) {
-  using A = arithmetic_t<T>;
+  using A = opmath_type<T>;
   noise.for_each_run(begin, end, [=](int64_t first, int64_t count, auto u) {
     T* __restrict__ result = grad_input + first;
     const T* __restrict__ g = grad + first;
@@ -137,7 +137,7 @@ Tensor add_relu_noise(
   Tensor output = torch::stable::empty_like(dense_x);
   THO_DISPATCH_V2(
       x.scalar_type(), "add_relu_noise", AT_WRAP([&] {
-        const auto factors = noise_of<arithmetic_t<scalar_t>>(u, dense_x);
+        const auto factors = noise_of<opmath_type<scalar_t>>(u, dense_x);
         scalar_t* out = output.mutable_data_ptr<scalar_t>();
         const scalar_t* a = dense_x.const_data_ptr<scalar_t>();
         const scalar_t* b = residual ? residual->const_data_ptr<scalar_t>() : nullptr;
@@ -160,7 +160,7 @@ Tensor add_relu_noise_backward(
   Tensor grad_input = torch::stable::empty_like(dense_output);
   THO_DISPATCH_V2(
       output.scalar_type(), "add_relu_noise_backward", AT_WRAP([&] {
-        const auto factors = noise_of<arithmetic_t<scalar_t>>(u, dense_output);
+        const auto factors = noise_of<opmath_type<scalar_t>>(u, dense_output);
         scalar_t* result = grad_input.mutable_data_ptr<scalar_t>();
         const scalar_t* g = dense_grad.const_data_ptr<scalar_t>();
         const scalar_t* out = dense_output.const_data_ptr<scalar_t>();

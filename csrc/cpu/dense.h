@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <type_traits>
+#include "../arithmetic.h"
 
 // A function that the compiler vectorises once for each instruction set, with all that it calls; the
 // loader picks. Nothing in it may be reordered or contracted: every version gives the same bits.
@@ -18,10 +18,6 @@
 namespace czm {
 
 using torch::stable::Tensor;
-
-// Half types are computed in float32 and rounded once.
-template <typename T>
-using arithmetic_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // What a thread must have to do before another is worth waking, in elements.
 constexpr int64_t kElementsPerTask = 32768;

@@ -21,7 +21,7 @@ using torch::headeronly::ScalarType;
 // double precision, so that the error does not grow with the length of the filter.
 template <typename T>
 CZM_VECTORISED double dot(const T* __restrict__ a, const T* __restrict__ b, int64_t count) {
-  using A = arithmetic_t<T>;
+  using A = opmath_type<T>;
   constexpr int64_t kLanes = 16;
   constexpr int64_t kBlock = 32 * kLanes;
   double total = 0;
@@ -46,9 +46,9 @@ CZM_VECTORISED double dot(const T* __restrict__ a, const T* __restrict__ b, int6
 
 template <typename T>
 CZM_VECTORISED void multiply(
-    T* __restrict__ out, const T* __restrict__ in, arithmetic_t<T> factor, int64_t count) {
+    T* __restrict__ out, const T* __restrict__ in, opmath_type<T> factor, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    out[i] = static_cast<T>(factor * static_cast<arithmetic_t<T>>(in[i]));
+    out[i] = static_cast<T>(factor * static_cast<opmath_type<T>>(in[i]));
   }
 }
 
@@ -87,7 +87,7 @@ Tensor exp_scale(const Tensor& direction, const Tensor& log_scale) {
   Tensor weight = torch::stable::empty_like(v);
   THO_DISPATCH_V2(
       direction.scalar_type(), "exp_scale", AT_WRAP([&] {
-        using A = arithmetic_t<scalar_t>;
+        using A = opmath_type<scalar_t>;
         const A* log_scales = g.const_data_ptr<A>();
         const scalar_t* directions = v.const_data_ptr<scalar_t>();
         scalar_t* weights = weight.mutable_data_ptr<scalar_t>();
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> exp_scale_backward(
   Tensor grad_log_scale = torch::stable::empty_like(g);
   THO_DISPATCH_V2(
       direction.scalar_type(), "exp_scale_backward", AT_WRAP([&] {
-        using A = arithmetic_t<scalar_t>;
+        using A = opmath_type<scalar_t>;
         const A* log_scales = g.const_data_ptr<A>();
         const scalar_t* directions = v.const_data_ptr<scalar_t>();
         const scalar_t* grads = dw.const_data_ptr<scalar_t>();

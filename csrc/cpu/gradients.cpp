@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "../step_table.h"
+#include "../descriptors.h"
 
 namespace czm {
 namespace {

@@ -6,11 +6,11 @@
 
 #include <optional>
 
-#include "../step_table.h"
+#include "../descriptors.h"
 
 namespace czm {
 
-using StepRange = void(const TensorRow* rows, const int64_t* grads, int64_t row_count,
+using StepRange = void(const TensorDescriptor* rows, const int64_t* grads, int64_t row_count,
                        const GroupRow* groups, double inverse_scale, int64_t begin, int64_t end);
 
 namespace baseline { StepRange step_range; }
@@ -38,7 +38,7 @@ using torch::stable::Tensor;
 
 void launch_step(Tensor table, Tensor grads, Tensor groups, Tensor /*group_addresses*/,
                  int64_t work, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) * sizeof(int64_t) == sizeof(TensorRow),
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) * sizeof(int64_t) == sizeof(TensorDescriptor),
                   "czm_fused: the step table has ", table.size(1), " columns");
   STD_TORCH_CHECK(groups.dim() == 2 && groups.size(1) * sizeof(double) == sizeof(GroupRow),
                   "czm_fused: the group table has ", groups.size(1), " columns");
@@ -46,7 +46,7 @@ void launch_step(Tensor table, Tensor grads, Tensor groups, Tensor /*group_addre
                   " gradients for ", table.size(0), " tensors");
   if (found_inf && *found_inf->const_data_ptr<float>() != 0) return;
   const double inverse_scale = grad_scale ? 1.0 / *grad_scale->const_data_ptr<float>() : 1.0;
-  const auto* rows = reinterpret_cast<const TensorRow*>(table.const_data_ptr<int64_t>());
+  const auto* rows = reinterpret_cast<const TensorDescriptor*>(table.const_data_ptr<int64_t>());
   const auto* grad_addresses = grads.const_data_ptr<int64_t>();
   const auto* group_rows = reinterpret_cast<const GroupRow*>(groups.const_data_ptr<double>());
   static StepRange* const step_range = best_step_range();

@@ -6,7 +6,7 @@
 
 #include "../cpu/dense.h"
 #include "add_relu_noise_kernel.cuh"
-#include "tensors.h"
+#include "launch_utils.h"
 
 namespace czm {
 namespace {
@@ -43,7 +43,7 @@ void for_noise(const std::optional<Tensor>& u, const Tensor& activation, const L
   choose_elementwise<Stored>(
       count,
       [&](auto size, auto divide_by) {
-        launch(size, noise_of<Stored>(u ? elements<Real<Stored>>(*u) : nullptr, channels, area,
+        launch(size, noise_of<Stored>(u ? elements<opmath_type<Stored>>(*u) : nullptr, channels, area,
                                       area == 1 || !activation.is_contiguous(), divide_by));
       },
       addresses...);

@@ -6,7 +6,7 @@
 
 #include "../cpu/dense.h"
 #include "exp_scale_kernel.cuh"
-#include "tensors.h"
+#include "launch_utils.h"
 
 namespace czm {
 namespace {
@@ -47,7 +47,7 @@ Tensor exp_scale(const Tensor& direction, const Tensor& log_scale) {
         filter_numel,
         [&](auto size) {
           exp_scale_kernel<size><<<unsigned(filters), kFilterThreads, 0, current_stream(v)>>>(
-              out, in, elements<Real<Stored>>(g), filter_numel);
+              out, in, elements<opmath_type<Stored>>(g), filter_numel);
         },
         out, in);
   });
@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor> exp_scale_backward(const Tensor& grad, const Tensor& 
           [&](auto size) {
             exp_scale_backward_kernel<size>
                 <<<unsigned(filters), kFilterThreads, 0, current_stream(v)>>>(
-                    out, mutable_elements<Real<Stored>>(grad_log_scale), gradient, in,
-                    elements<Real<Stored>>(g), filter_numel);
+                    out, mutable_elements<opmath_type<Stored>>(grad_log_scale), gradient, in,
+                    elements<opmath_type<Stored>>(g), filter_numel);
           },
           out, gradient, in);
     });

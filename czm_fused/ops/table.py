@@ -1,4 +1,4 @@
-"""The descriptor table of a step: one row of int64 a tensor, as `csrc/step_table.h` declares it."""
+"""The descriptor table of a step: one row of int64 a tensor, as `csrc/descriptors.h` declares it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ GROUP_COLUMNS = (
     "maximize",
 )
 
-# What a filter costs beside its weights, in weights; csrc/step_table.h has the same.
+# What a filter costs beside its weights, in weights; csrc/descriptors.h has the same.
 FILTER_WORK = 128
 
 

@@ -7,13 +7,13 @@ namespace czm {
 
 enum DType : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-struct TensorRow {
+struct TensorDescriptor {
   int64_t param;
   int64_t momentum_buffer;             // 0 without momentum
   int64_t log_scale;                   // 0 if not exp-scaled
   int64_t log_scale_momentum_buffer;   // 0 without momentum, or not exp-scaled
   int64_t step;                        // 0 unless dampened: float32, 0 before the first update
-  int64_t param_remainder;             // 0 if the parameter is the whole weight; see remainder.h
+  int64_t param_remainder;             // 0 if the parameter is the whole weight; see param_remainder.h
   int64_t numel;
   int64_t filter_numel;                // of a filter, or of a block of a plain tensor
   int64_t taps;
