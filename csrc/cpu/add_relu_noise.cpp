@@ -177,6 +177,6 @@ Tensor add_relu_noise_backward(
 }  // namespace czm
 
 STABLE_TORCH_LIBRARY_IMPL(czm_fused, CPU, m) {
-  m.impl("add_relu_noise", TORCH_BOX(&czm::add_relu_noise));
-  m.impl("add_relu_noise_backward", TORCH_BOX(&czm::add_relu_noise_backward));
+  m.impl("add_relu_noise_native", TORCH_BOX(&czm::add_relu_noise));
+  m.impl("add_relu_noise_backward_native", TORCH_BOX(&czm::add_relu_noise_backward));
 }

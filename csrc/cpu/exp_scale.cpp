@@ -134,6 +134,6 @@ std::tuple<Tensor, Tensor> exp_scale_backward(
 }  // namespace czm
 
 STABLE_TORCH_LIBRARY_IMPL(czm_fused, CPU, m) {
-  m.impl("exp_scale", TORCH_BOX(&czm::exp_scale));
-  m.impl("exp_scale_backward", TORCH_BOX(&czm::exp_scale_backward));
+  m.impl("exp_scale_native", TORCH_BOX(&czm::exp_scale));
+  m.impl("exp_scale_backward_native", TORCH_BOX(&czm::exp_scale_backward));
 }

@@ -112,6 +112,6 @@ Tensor add_relu_noise_backward(const Tensor& grad, const Tensor& output,
 }  // namespace czm
 
 STABLE_TORCH_LIBRARY_IMPL(czm_fused, CUDA, m) {
-  m.impl("add_relu_noise", TORCH_BOX(&czm::add_relu_noise));
-  m.impl("add_relu_noise_backward", TORCH_BOX(&czm::add_relu_noise_backward));
+  m.impl("add_relu_noise_native", TORCH_BOX(&czm::add_relu_noise));
+  m.impl("add_relu_noise_backward_native", TORCH_BOX(&czm::add_relu_noise_backward));
 }

@@ -93,6 +93,6 @@ std::tuple<Tensor, Tensor> exp_scale_backward(const Tensor& grad, const Tensor& 
 }  // namespace czm
 
 STABLE_TORCH_LIBRARY_IMPL(czm_fused, CUDA, m) {
-  m.impl("exp_scale", TORCH_BOX(&czm::exp_scale));
-  m.impl("exp_scale_backward", TORCH_BOX(&czm::exp_scale_backward));
+  m.impl("exp_scale_native", TORCH_BOX(&czm::exp_scale));
+  m.impl("exp_scale_backward_native", TORCH_BOX(&czm::exp_scale_backward));
 }

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from czm_fused.ops.library import lib
+from czm_fused.ops.registry import lib
 from czm_fused.ops.table import (
     COLUMN,
     DTYPES,

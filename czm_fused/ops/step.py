@@ -11,7 +11,7 @@ from torch import Tensor
 
 from czm_fused import reference
 from czm_fused.ops import backends
-from czm_fused.ops.library import lib
+from czm_fused.ops.registry import lib
 from czm_fused.ops.table import (
     DTYPES,
     GROUP_COLUMNS,

@@ -204,11 +204,11 @@ def test_add_relu_noise(shape, layout, offset, with_residual, with_noise, is_wid
         DTYPE_NUMBERS[dtype], address(output), address(x), address(residual), address(noise),
         *geometry,
     )
-    expected = add_relu_noise.reference(
+    expected = add_relu_noise.reference.add_relu_noise(
         x.double(), residual if residual is None else residual.double(),
         noise if noise is None else noise.double(),
     )
-    size = add_relu_noise.reference(
+    size = add_relu_noise.reference.add_relu_noise(
         x.double().abs(), residual if residual is None else residual.double().abs(),
         noise if noise is None else noise.double(),
     )
@@ -218,7 +218,7 @@ def test_add_relu_noise(shape, layout, offset, with_residual, with_noise, is_wid
         DTYPE_NUMBERS[dtype], address(grad_input), address(grad), address(output), address(noise),
         *geometry,
     )
-    expected = add_relu_noise.reference_backward(
+    expected = add_relu_noise.reference.add_relu_noise_backward(
         grad.double(), output.double(), noise if noise is None else noise.double()
     )
     assert ((grad_input.double() - expected).abs() <= tolerance(dtype, expected)).all()
@@ -238,8 +238,8 @@ def test_exp_scale(shape, dtype, kernels):
     kernels.exp_scale_backward(
         DTYPE_NUMBERS[dtype], address(dv), address(dg), address(dw), address(v), address(g), *sizes
     )
-    expected = exp_scale.reference(v.double(), g.double())
-    expected_dv, expected_dg = exp_scale.reference_backward(dw.double(), v.double(), g.double())
+    expected = exp_scale.reference.exp_scale(v.double(), g.double())
+    expected_dv, expected_dg = exp_scale.reference.exp_scale_backward(dw.double(), v.double(), g.double())
     assert ((weight.double() - expected).abs() <= tolerance(dtype, expected)).all()
     assert ((dv.double() - expected_dv).abs() <= tolerance(dtype, expected_dv)).all()
     terms = g.double().exp() * (dw.double() * v.double()).abs().flatten(1).sum(1)
