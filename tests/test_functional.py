@@ -172,7 +172,8 @@ def test_operator_agrees_with_plain_torch_on_any_shape(shape, layout, dtype, see
     output = op(x, residual, noise)
     assert_same_bits(output, ops.reference.add_relu_noise(x, residual, noise))
     assert_same_bits(
-        op_backward(residual, output, noise), ops.reference.add_relu_noise_backward(residual, output, noise)
+        op_backward(residual, output, noise),
+        ops.reference.add_relu_noise_backward(residual, output, noise),
     )
 
 

@@ -159,7 +159,10 @@ def test_operator_and_plain_torch_agree_with_float64(poisoned, dtype, shape, lay
             )
         error = (grad_log_scale.double() - terms.sum(1)).abs()
         assert (error <= slack + torch.finfo(dtype).eps * terms.sum(1).abs()).all()
-    assert op(direction, log_scale).stride() == ops.exp_scale.run_reference(direction, log_scale).stride()
+    assert (
+        op(direction, log_scale).stride()
+        == ops.exp_scale.run_reference(direction, log_scale).stride()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -76,9 +76,7 @@ def problem(backend: str, device_type: str) -> str | None:
     return _problem(backend, device_type, _capability(device_type, None))
 
 
-def _problem(
-    backend: str, device_type: str, capability: tuple[int, int] | None
-) -> str | None:
+def _problem(backend: str, device_type: str, capability: tuple[int, int] | None) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":

@@ -82,9 +82,7 @@ class CudaStep:
 
     def __init__(self, entries: Sequence[StepEntry]) -> None:
         groups = [entry.group for entry in entries]
-        self._launches = [
-            self._launch(entries[tensors], tensors) for tensors in _slices(groups)
-        ]
+        self._launches = [self._launch(entries[tensors], tensors) for tensors in _slices(groups)]
         self._hyper_parameters: HyperParameters | None = None
         self._group_rows: list[tuple[Tensor, Tensor]] = []
 
@@ -122,9 +120,7 @@ class CudaStep:
         plain_block = self.block_threads * min(_WEIGHTS_A_THREAD[dtype] for dtype in dtypes)
         table, _, _ = build_table(entries, plain_block)
         rows = table.numpy()
-        groups, rows[:, COLUMN["group"]] = np.unique(
-            rows[:, COLUMN["group"]], return_inverse=True
-        )
+        groups, rows[:, COLUMN["group"]] = np.unique(rows[:, COLUMN["group"]], return_inverse=True)
         work_items = torch.from_numpy(_work_items(rows, self.block_threads))
         return _Launch(
             tensors,

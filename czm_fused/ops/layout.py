@@ -25,7 +25,5 @@ def to_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
     """
     if tensor.stride() == like.stride():
         return tensor
-    copy = torch.empty_strided(
-        like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device
-    )
+    copy = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
     return copy.copy_(tensor)

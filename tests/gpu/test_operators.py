@@ -47,7 +47,9 @@ def test_add_relu_noise(dtype, shape, layout, backend):
     back = backward(grad, output, noise)
     wide = [t.double() for t in (x, residual, noise, grad)]
     expected = add_relu_noise.reference.add_relu_noise(*wide[:3])
-    expected_back = add_relu_noise.reference.add_relu_noise_backward(wide[3], output.double(), wide[2])
+    expected_back = add_relu_noise.reference.add_relu_noise_backward(
+        wide[3], output.double(), wide[2]
+    )
     bound = tolerance(dtype)
     torch.testing.assert_close(output.double(), expected, rtol=bound, atol=bound)
     torch.testing.assert_close(back.double(), expected_back, rtol=bound, atol=bound)

@@ -35,9 +35,9 @@ SIGNATURE = {
 def compiled(dtype, program_numel, target, split=False):
     from triton.compiler import ASTSource
 
-    from czm_fused.ops.triton_utils import TRITON_DTYPES, real_dtype
     from czm_fused.ops.triton.step import launch_shape
     from czm_fused.ops.triton.step_kernel import step_kernel
+    from czm_fused.ops.triton_utils import TRITON_DTYPES, real_dtype
 
     num_warps, tile = launch_shape(program_numel, dtype, split)
     constants = {"DTYPE": TRITON_DTYPES[dtype], "REAL": real_dtype(dtype)}

@@ -16,9 +16,7 @@ def exp_scale(direction: Tensor, log_scale: Tensor) -> Tensor:
     return (_scale(direction, log_scale) * direction).to(direction.dtype)
 
 
-def exp_scale_backward(
-    grad: Tensor, direction: Tensor, log_scale: Tensor
-) -> tuple[Tensor, Tensor]:
+def exp_scale_backward(grad: Tensor, direction: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Compute dV = exp(g) * dW and dg = exp(g) * <dW, V>, differentiable."""
     scale = _scale(direction, log_scale)
     # The scale comes after the sum, so that every backend overflows at the same inputs.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from czm_fused.ops.table import COLUMN, GROUP_COLUMNS, HyperParameters, StepEntry, build_table
-from czm_fused.ops.triton_utils import TRITON_DTYPES, current, real_dtype
 from czm_fused.ops.triton.step_kernel import step_kernel
+from czm_fused.ops.triton_utils import TRITON_DTYPES, current, real_dtype
 
 # Enough weights of a plain tensor for a program to be worth its start.
 _PLAIN_BLOCK = 4096
