@@ -74,7 +74,7 @@ class Operator:
         return (self._differentiable or self._operator)(*args)
 
     def run(self, *args: Tensor | None) -> Result:
-        """Compute the operator, without a gradient, on the backend chosen for the first argument."""
+        """Compute the operator, without a gradient, on the backend chosen for its device."""
         first = args[0]
         assert first is not None
         backend = choose(first.device)

@@ -29,7 +29,8 @@ def _row(offsets, channels, spatial, CHANNELS_LAST: tl.constexpr):
 @triton.jit
 def _forward_kernel(
     output, x, residual, noise, numel, channels, spatial,
-    COMPUTE_DTYPE: tl.constexpr, INDEX: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr, INDEX: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
@@ -47,7 +48,8 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     grad_x, grad, output, noise, numel, channels, spatial,
-    COMPUTE_DTYPE: tl.constexpr, INDEX: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr, INDEX: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
