@@ -37,7 +37,7 @@ CXX_FLAGS = [
     # GCC takes the undefined registers of its own AVX intrinsics for mistakes (its bug 105593).
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
-    # An -ffast-math or -Ofast in CXXFLAGS would change results and, when linking, add code that sets
+    # -ffast-math or -Ofast in CXXFLAGS would change results and, when linking, add code that sets
     # flush-to-zero for the whole process.
     *plan.STRICT_MATH,
     STABLE_ABI,

@@ -13,7 +13,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "dense.h"
+#include "../layout.h"
 
 namespace czm {
 namespace {
@@ -128,10 +128,10 @@ Noise<A> noise_of(const std::optional<Tensor>& noise, const Tensor& activation) 
 Tensor add_relu_noise(
     const Tensor& x, std::optional<Tensor> residual, const std::optional<Tensor>& noise) {
   check_activation(x, "x");
-  const Tensor dense_x = dense(x);
+  const Tensor dense_x = contiguous_or_channels_last(x);
   if (residual) {
     check_alike(x, "x", *residual, "residual");
-    residual = with_layout_of(*residual, dense_x);
+    residual = to_layout_of(*residual, dense_x);
   }
   const std::optional<Tensor> u = checked_noise(noise, x);
   Tensor output = torch::stable::empty_like(dense_x);
@@ -154,8 +154,8 @@ Tensor add_relu_noise_backward(
     const Tensor& grad, const Tensor& output, const std::optional<Tensor>& noise) {
   check_activation(output, "output");
   check_alike(output, "output", grad, "grad");
-  const Tensor dense_output = dense(output);
-  const Tensor dense_grad = with_layout_of(grad, dense_output);
+  const Tensor dense_output = contiguous_or_channels_last(output);
+  const Tensor dense_grad = to_layout_of(grad, dense_output);
   const std::optional<Tensor> u = checked_noise(noise, output);
   Tensor grad_input = torch::stable::empty_like(dense_output);
   THO_DISPATCH_V2(

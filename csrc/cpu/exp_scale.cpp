@@ -10,7 +10,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "dense.h"
+#include "../layout.h"
 
 namespace czm {
 namespace {
@@ -82,7 +82,7 @@ Tensor as_type(const Tensor& t, ScalarType type) {
 
 Tensor exp_scale(const Tensor& direction, const Tensor& log_scale) {
   check(direction, log_scale);
-  const Tensor v = dense(direction);
+  const Tensor v = contiguous_or_channels_last(direction);
   const Tensor g = torch::stable::contiguous(as_type(log_scale, arithmetic_type(direction)));
   Tensor weight = torch::stable::empty_like(v);
   THO_DISPATCH_V2(
@@ -106,8 +106,8 @@ std::tuple<Tensor, Tensor> exp_scale_backward(
       same_sizes(grad, direction) && grad.scalar_type() == direction.scalar_type() &&
           grad.is_cpu(),
       "grad must have the shape, dtype and device of direction");
-  const Tensor v = dense(direction);
-  const Tensor dw = with_layout_of(grad, v);
+  const Tensor v = contiguous_or_channels_last(direction);
+  const Tensor dw = to_layout_of(grad, v);
   const Tensor g = torch::stable::contiguous(as_type(log_scale, arithmetic_type(direction)));
   Tensor grad_direction = torch::stable::empty_like(v);
   Tensor grad_log_scale = torch::stable::empty_like(g);

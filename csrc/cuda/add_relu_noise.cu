@@ -4,7 +4,7 @@
 
 #include <optional>
 
-#include "../cpu/dense.h"
+#include "../layout.h"
 #include "add_relu_noise_kernel.cuh"
 #include "launch_utils.h"
 
@@ -54,10 +54,10 @@ Tensor add_relu_noise(const Tensor& x, std::optional<Tensor> residual,
                       const std::optional<Tensor>& noise) {
   check_activation(x, "x");
   const auto guard = on_device_of(x);
-  const Tensor dense_x = dense(x);
+  const Tensor dense_x = contiguous_or_channels_last(x);
   if (residual) {
     check_alike(x, "x", *residual, "residual");
-    residual = with_layout_of(*residual, dense_x);
+    residual = to_layout_of(*residual, dense_x);
   }
   const std::optional<Tensor> u = checked_noise(noise, x);
   Tensor output = torch::stable::empty_like(dense_x);
@@ -85,8 +85,8 @@ Tensor add_relu_noise_backward(const Tensor& grad, const Tensor& output,
   check_activation(output, "output");
   check_alike(output, "output", grad, "grad");
   const auto guard = on_device_of(output);
-  const Tensor dense_output = dense(output);
-  const Tensor dense_grad = with_layout_of(grad, dense_output);
+  const Tensor dense_output = contiguous_or_channels_last(output);
+  const Tensor dense_grad = to_layout_of(grad, dense_output);
   const std::optional<Tensor> u = checked_noise(noise, output);
   Tensor grad_input = torch::stable::empty_like(dense_output);
   const int64_t count = output.numel();

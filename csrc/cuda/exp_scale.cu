@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "../cpu/dense.h"
+#include "../layout.h"
 #include "exp_scale_kernel.cuh"
 #include "launch_utils.h"
 
@@ -34,7 +34,7 @@ Tensor arithmetic_log_scale(const Tensor& log_scale, const Tensor& direction) {
 Tensor exp_scale(const Tensor& direction, const Tensor& log_scale) {
   check(direction, log_scale);
   const auto guard = on_device_of(direction);
-  const Tensor v = dense(direction);
+  const Tensor v = contiguous_or_channels_last(direction);
   const Tensor g = arithmetic_log_scale(log_scale, direction);
   Tensor weight = torch::stable::empty_like(v);
   if (v.numel() == 0) return weight;
@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor> exp_scale_backward(const Tensor& grad, const Tensor& 
                       on_same_device(grad, direction),
                   "grad must have the shape, dtype and device of direction");
   const auto guard = on_device_of(direction);
-  const Tensor v = dense(direction);
-  const Tensor dw = with_layout_of(grad, v);
+  const Tensor v = contiguous_or_channels_last(direction);
+  const Tensor dw = to_layout_of(grad, v);
   const Tensor g = arithmetic_log_scale(log_scale, direction);
   Tensor grad_direction = torch::stable::empty_like(v);
   Tensor grad_log_scale = torch::stable::empty_like(g);

@@ -88,7 +88,7 @@ class Operator:
     def run_reference(self, *args: Tensor | None) -> Result:
         """Compute the operator in plain torch, with the strides that every backend returns."""
         result = self.reference(*args)
-        # On meta tensors, so that nothing is allocated; their strides differ where there is nothing.
+        # On meta tensors, so that nothing is allocated, except where nothing is read.
         empty = any(arg is not None and arg.numel() == 0 for arg in args)
         like = self._fake(*(args if empty else map(_to_meta, args)))
         if isinstance(result, Tensor):

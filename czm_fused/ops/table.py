@@ -1,4 +1,4 @@
-"""The descriptor table of a step: one row of int64 a tensor, as `csrc/descriptors.h` declares it."""
+"""The descriptor table of a step: a row of int64 a tensor, as `csrc/descriptors.h` declares it."""
 
 from __future__ import annotations
 

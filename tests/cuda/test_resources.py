@@ -34,7 +34,8 @@ template __global__ void step_kernel<kManyWords, float, double, __nv_bfloat16, _
   template __global__ void exp_scale_kernel<kWidest<Stored>, Stored>(                         \\
       Stored*, const Stored*, const opmath_type<Stored>*, int64_t);                                  \\
   template __global__ void exp_scale_backward_kernel<kWidest<Stored>, Stored>(                \\
-      Stored*, opmath_type<Stored>*, const Stored*, const Stored*, const opmath_type<Stored>*, int64_t);
+      Stored*, opmath_type<Stored>*, const Stored*, const Stored*, \\\\
+      const opmath_type<Stored>*, int64_t);
 CZM_INSTANTIATE(float)
 CZM_INSTANTIATE(double)
 CZM_INSTANTIATE(__nv_bfloat16)
