@@ -41,9 +41,14 @@ CXX_FLAGS = [
     # GCC takes the undefined registers of its own AVX intrinsics for mistakes (its bug 105593).
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
+    # -ffast-math or -Ofast in CXXFLAGS would change results and, when linking, add code that sets
+    # flush-to-zero for the whole process.
+    *plan.STRICT_MATH,
     STABLE_ABI,
 ]
 NVCC_FLAGS = ["-O3", "-fmad=false", "-DUSE_CUDA", STABLE_ABI]
+for flag in plan.STRICT_MATH:
+    NVCC_FLAGS += ["-Xcompiler", flag]
 
 # A free-threaded Python has no stable ABI of its own.
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
@@ -55,11 +60,13 @@ def look_around() -> plan.Surroundings:
         import torch
     except (ImportError, OSError):
         torch = None
+    requested = plan.requested_build()
     torch_cuda = torch and torch.version.cuda
-    cuda_home = plan.find_cuda_home(torch_cuda) if torch_cuda else None
+    looks_for_cuda = torch_cuda and requested in ("auto", "cuda")
+    cuda_home = plan.find_cuda_home(torch_cuda) if looks_for_cuda else None
     return plan.Surroundings(
-        requested=plan.requested_build(),
-        compiler=plan.find_compiler(),
+        requested=requested,
+        compiler=None if requested == "none" else plan.find_compiler(),
         torch=torch and str(torch.__version__),
         torch_cuda=torch_cuda,
         cuda_home=cuda_home,
@@ -72,12 +79,14 @@ found = look_around()
 unbuilt = {module: reason for module, reason in plan.obstacles(found).items() if reason}
 extensions = []
 base_build_ext = build_ext
+ARCHITECTURES = ""
 
 if "cuda" not in unbuilt:
     # torch's build helper reads CUDA_HOME when it is imported, and looks for a GPU where no
     # architecture is named.
     os.environ["CUDA_HOME"] = str(found.cuda_home)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", plan.default_architectures(found.nvcc))
+    ARCHITECTURES = plan.architecture_list(os.environ["TORCH_CUDA_ARCH_LIST"])
 
 if "cpu" not in unbuilt:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
@@ -88,7 +97,9 @@ if "cpu" not in unbuilt:
             f"czm_fused._C_{module}",
             SOURCES[module],
             include_dirs=[str(ROOT / "csrc")],
+            define_macros=[("CZM_CUDA_ARCHITECTURES", ARCHITECTURES)] if module == "cuda" else [],
             extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+            extra_link_args=["-O3", *plan.STRICT_MATH],
             py_limited_api=LIMITED_API,
         )
         for module, extension_class in (("cpu", CppExtension), ("cuda", CUDAExtension))

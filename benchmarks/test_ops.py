@@ -90,7 +90,7 @@ def _exp_mul(direction: Tensor, log_scale: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shape", LAYERS, ids=_name)
 @pytest.mark.parametrize(
-    "function", [exp_scale.ExpScale.apply, _exp_mul], ids=["fused", "eager"]
+    "function", [exp_scale.exp_scale, _exp_mul], ids=["fused", "eager"]
 )
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("device", DEVICES)

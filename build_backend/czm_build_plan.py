@@ -18,6 +18,16 @@ INSTALLED_TOOLKITS = Path("/usr/local")
 # What must be built for each value of the environment variable; the rest is built if it can be.
 REQUIRED = {"auto": (), "none": (), "cpu": ("cpu",), "cuda": ("cpu", "cuda")}
 
+# Undoes what -ffast-math and -Ofast ask for, when it comes after them.
+STRICT_MATH = (
+    "-fno-fast-math",
+    "-fno-unsafe-math-optimizations",
+    "-fno-associative-math",
+    "-fno-reciprocal-math",
+    "-fno-finite-math-only",
+    "-fsigned-zeros",
+)
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -71,9 +81,18 @@ def find_compiler() -> str | None:
     """Return the C++ compiler that torch's build helper will call, as it describes itself.
 
     None if it is not there.
+
+    Raises:
+        SystemExit: CXX is not a command line.
     """
-    command = shlex.split(os.environ.get("CXX") or "c++")
-    if shutil.which(command[0]) is None:
+    named = os.environ.get("CXX") or "c++"
+    try:
+        command = shlex.split(named)
+    except ValueError as error:
+        raise SystemExit(
+            f"CXX must be a command, but was {named!r} ({error}); correct its quotes"
+        ) from None
+    if not command or shutil.which(command[0]) is None:
         return None
     answer = subprocess.run([*command, "--version"], capture_output=True, text=True)
     return next(iter(answer.stdout.splitlines()), command[0])
@@ -88,37 +107,60 @@ def is_cuda_toolkit(root: Path) -> bool:
     return (root / "bin/nvcc").is_file() and (root / "include/cuda_runtime.h").is_file()
 
 
-def nvcc_version(cuda_home: Path) -> str:
-    """Return the release of a toolkit's nvcc, such as `13.0`."""
-    text = subprocess.run(
-        [cuda_home / "bin/nvcc", "--version"], capture_output=True, text=True, check=True
-    ).stdout
-    return re.search(r"release (\d+\.\d+)", text)[1]
+def nvcc_version(cuda_home: Path) -> str | None:
+    """Return the release of a toolkit's nvcc, such as `13.0`, None if it cannot be run."""
+    try:
+        answer = subprocess.run(
+            [cuda_home / "bin/nvcc", "--version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=60,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    release = re.search(r"release (\d+\.\d+)", answer.stdout)
+    return release[1] if release and answer.returncode == 0 else None
 
 
 def find_cuda_home(torch_cuda: str) -> Path | None:
     """Return the CUDA toolkit to build with, preferring one of the same major version as torch's.
 
-    `CUDA_HOME` (or `CUDA_PATH`), where it is set, is the only candidate.
+    A toolkit whose nvcc cannot be run comes last. `CUDA_HOME` (or `CUDA_PATH`), where it is set, is
+    the only candidate.
     """
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if named:
         candidates = [Path(named)]
     else:
-        on_path = shutil.which("nvcc")
-        candidates = [Path(on_path).resolve().parents[1]] if on_path else []
+        folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+        on_path = [shutil.which("nvcc", path=folder) for folder in folders if folder]
+        candidates = [Path(nvcc).resolve().parents[1] for nvcc in on_path if nvcc]
         candidates.append(INSTALLED_TOOLKITS / "cuda")
         candidates += sorted(INSTALLED_TOOLKITS.glob("cuda-*"), reverse=True)
-    toolkits = [root for root in candidates if is_cuda_toolkit(root)]
+    toolkits = [root for root in dict.fromkeys(candidates) if is_cuda_toolkit(root)]
+    versions = {root: nvcc_version(root) for root in toolkits}
     major = version_tuple(torch_cuda)[0]
-    matching = [root for root in toolkits if version_tuple(nvcc_version(root))[0] == major]
-    return next(iter(matching or toolkits), None)
+    running = [root for root in toolkits if versions[root]]
+    matching = [root for root in running if version_tuple(versions[root])[0] == major]
+    return next(iter(matching or running or toolkits), None)
 
 
 def default_architectures(nvcc: str) -> str:
     """Return the GPU architectures to compile for where TORCH_CUDA_ARCH_LIST is not set."""
-    # Blackwell (10.0) is known to nvcc since 12.8.
-    return "8.0;9.0;10.0+PTX" if version_tuple(nvcc) >= (12, 8) else "8.0;9.0+PTX"
+    # Blackwell (10.0 in data centres, 12.0 in workstations) is known to nvcc since 12.8.
+    return "8.0;9.0;10.0;12.0+PTX" if version_tuple(nvcc) >= (12, 8) else "8.0;9.0+PTX"
+
+
+def architecture_list(named: str) -> str:
+    """Return the architectures of a TORCH_CUDA_ARCH_LIST such as `8.0;9.0+PTX`, comma-separated.
+
+    Empty if it names some by their marketing names: what the binary holds is then not known.
+    """
+    names = [name for name in re.split(r"[;,\s]+", named) if name]
+    known = all(re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", name) for name in names)
+    return ",".join(names) if known else ""
 
 
 def obstacles(found: Surroundings) -> dict[str, str | None]:
@@ -150,6 +192,11 @@ def _cuda_obstacle(found: Surroundings) -> str | None:
         return (
             "no CUDA toolkit found, with both bin/nvcc and include/cuda_runtime.h; "
             "install one, or name it in CUDA_HOME"
+        )
+    if found.nvcc is None:
+        return (
+            f"nvcc in {found.cuda_home} cannot be run; reinstall that toolkit, or name another in "
+            "CUDA_HOME"
         )
     if version_tuple(found.nvcc)[0] != version_tuple(found.torch_cuda)[0]:
         return (

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define CZM_INLINE __host__ __device__ __forceinline__
@@ -17,7 +18,11 @@
 namespace czm {
 inline namespace CZM_ARCH {
 
-template <class Real> constexpr Real kLargest = std::numeric_limits<Real>::max();
+// The type of the arithmetic on a stored type: half types are computed in float and rounded once.
+template <class Stored>
+using opmath_type = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
+
+template <class opmath_t> constexpr opmath_t kLargest = std::numeric_limits<opmath_t>::max();
 
 // Fused explicitly, and only here, so that every backend rounds where torch.optim.SGD rounds.
 CZM_INLINE float multiply_add(float a, float b, float c) {

@@ -11,7 +11,7 @@
 #include <cstring>
 #include <memory>
 
-#include "step_table.h"
+#include "descriptors.h"
 
 // DLPack's header is plain C and no part of torch's ABI.
 #undef TORCH_TARGET_VERSION
@@ -134,9 +134,9 @@ class States {
 
 // Reads one parameter. Returns false if it, its gradient or its state is not as planned.
 bool read_param(const Reader& reader, const int64_t* layouts, PyObject* param, PyObject* grad,
-                const States& states, Py_ssize_t index, const TensorRow* before,
-                TensorRow& descriptor, int64_t* grad_address) {
-  static constexpr TensorRow kUnknown{};
+                const States& states, Py_ssize_t index, const TensorDescriptor* before,
+                TensorDescriptor& descriptor, int64_t* grad_address) {
+  static constexpr TensorDescriptor kUnknown{};
   if (!before) before = &kUnknown;
   const bool is_planned = *layouts++ != 0;
   *grad_address = 0;
@@ -175,7 +175,7 @@ PyObject* read_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   const char* const layouts = PyBytes_AsString(arguments[2]);
   if (PyErr_Occurred() || !torch.read || !layouts) return nullptr;
   const Py_ssize_t size = PyBytes_Size(descriptors), params_count = PyList_Size(params);
-  if (size != params_count * Py_ssize_t(sizeof(TensorRow)) ||
+  if (size != params_count * Py_ssize_t(sizeof(TensorDescriptor)) ||
       PyList_Size(grads) != params_count) {
     PyErr_SetString(PyExc_ValueError, "read_tensors takes a descriptor and a gradient a parameter");
     return nullptr;
@@ -184,12 +184,12 @@ PyObject* read_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   if (!result) return nullptr;
   char* const bytes = PyBytes_AsString(result.get());
   std::memcpy(bytes, PyBytes_AsString(descriptors), size);
-  auto* const rows = reinterpret_cast<TensorRow*>(bytes);
+  auto* const rows = reinterpret_cast<TensorDescriptor*>(bytes);
   auto* const grad_addresses = reinterpret_cast<int64_t*>(bytes + size);
 
-  const TensorRow* before = nullptr;
+  const TensorDescriptor* before = nullptr;
   if (PyBytes_Check(arguments[7]) && PyBytes_Size(arguments[7]) == PyBytes_Size(result.get()))
-    before = reinterpret_cast<const TensorRow*>(PyBytes_AsString(arguments[7]));
+    before = reinterpret_cast<const TensorDescriptor*>(PyBytes_AsString(arguments[7]));
 
   // The device, then for each parameter the number of its words and these.
   const auto* words = reinterpret_cast<const int64_t*>(layouts);

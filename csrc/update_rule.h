@@ -30,31 +30,31 @@ struct GroupRow {
 inline namespace CZM_ARCH {
 
 // What the rule takes of them for one tensor.
-template <class Real>
+template <class opmath_t>
 struct HyperParameters {
-  Real lr;
-  Real momentum;
-  Real one_minus_dampening;
-  Real weight_decay;
-  Real zmg;
-  Real luma;
-  Real grad_factor;  // the sign of maximize over the scale of GradScaler
+  opmath_t lr;
+  opmath_t momentum;
+  opmath_t one_minus_dampening;
+  opmath_t weight_decay;
+  opmath_t zmg;
+  opmath_t luma;
+  opmath_t grad_factor;  // the sign of maximize over the scale of GradScaler
   bool nesterov;
 };
 
 // `is_first` is true for a tensor's first update: without momentum, and at its first update,
 // torch.optim.SGD ignores dampening.
-template <class Real>
-CZM_INLINE HyperParameters<Real> hyperparameters_of(const GroupRow& group, bool has_momentum,
-                                                    bool is_first, Real inverse_scale) {
-  HyperParameters<Real> result;
-  result.lr = Real(group.lr);
-  result.momentum = has_momentum ? Real(group.momentum) : Real(0);
+template <class opmath_t>
+CZM_INLINE HyperParameters<opmath_t> hyperparameters_of(const GroupRow& group, bool has_momentum,
+                                                    bool is_first, opmath_t inverse_scale) {
+  HyperParameters<opmath_t> result;
+  result.lr = opmath_t(group.lr);
+  result.momentum = has_momentum ? opmath_t(group.momentum) : opmath_t(0);
   result.one_minus_dampening =
-      has_momentum && !is_first ? Real(1 - group.dampening) : Real(1);
-  result.weight_decay = Real(group.weight_decay);
-  result.zmg = Real(group.zmg);
-  result.luma = Real(group.luma);
+      has_momentum && !is_first ? opmath_t(1 - group.dampening) : opmath_t(1);
+  result.weight_decay = opmath_t(group.weight_decay);
+  result.zmg = opmath_t(group.zmg);
+  result.luma = opmath_t(group.luma);
   result.grad_factor = group.maximize != 0 ? -inverse_scale : inverse_scale;
   result.nesterov = group.nesterov != 0;
   return result;
@@ -92,38 +92,38 @@ CZM_INLINE FilterRule<To> convert_rule(const FilterRule<From>& rule, const Conve
 
 // From the two reductions <W, W> and <dW, W> to the rule of this filter; advances g in place.
 // log_scale is null for a filter that is not exp-scaled, its momentum null without momentum.
-template <class Real>
-CZM_INLINE FilterRule<Real> filter_rule(const HyperParameters<Real>& hyper, Real weight_weight,
-                                        Real grad_weight, int64_t taps, Real* log_scale,
-                                        Real* log_scale_momentum) {
-  const Real g = log_scale ? *log_scale : Real(0);
-  const Real scale = log_scale ? std::exp(g) : Real(1);
+template <class opmath_t>
+CZM_INLINE FilterRule<opmath_t> filter_rule(const HyperParameters<opmath_t>& hyper, opmath_t weight_weight,
+                                        opmath_t grad_weight, int64_t taps, opmath_t* log_scale,
+                                        opmath_t* log_scale_momentum) {
+  const opmath_t g = log_scale ? *log_scale : opmath_t(0);
+  const opmath_t scale = log_scale ? std::exp(g) : opmath_t(1);
   // exp(g) of a filter that has collapsed may be 0 in this arithmetic, and W with it: V is lost, and
   // neither anchor nor decay has anything to act on.
-  const Real inverse_scale = scale > Real(0) ? Real(1) / scale : Real(0);
-  const Real norm = std::sqrt(weight_weight) * inverse_scale;
-  FilterRule<Real> rule;
+  const opmath_t inverse_scale = scale > opmath_t(0) ? opmath_t(1) / scale : opmath_t(0);
+  const opmath_t norm = std::sqrt(weight_weight) * inverse_scale;
+  FilterRule<opmath_t> rule;
   rule.grad = hyper.grad_factor * scale;
-  rule.weight = norm > Real(0)
-                    ? Real(2) * hyper.luma * ((norm - Real(1)) / norm) * inverse_scale
-                    : Real(0);
-  rule.mean = taps > 1 ? hyper.zmg / static_cast<Real>(taps) : Real(0);
+  rule.weight = norm > opmath_t(0)
+                    ? opmath_t(2) * hyper.luma * ((norm - opmath_t(1)) / norm) * inverse_scale
+                    : opmath_t(0);
+  rule.mean = taps > 1 ? hyper.zmg / static_cast<opmath_t>(taps) : opmath_t(0);
   rule.decay = hyper.weight_decay * inverse_scale;
   rule.momentum = hyper.momentum;
   rule.one_minus_dampening = hyper.one_minus_dampening;
-  rule.keep = Real(1);
+  rule.keep = opmath_t(1);
   rule.rate = -hyper.lr;
   rule.nesterov = hyper.nesterov;
   if (log_scale) {
-    const Real dg = hyper.grad_factor * grad_weight;
-    Real m = log_scale_momentum ? *log_scale_momentum : Real(0);
+    const opmath_t dg = hyper.grad_factor * grad_weight;
+    opmath_t m = log_scale_momentum ? *log_scale_momentum : opmath_t(0);
     m = multiply_add(hyper.one_minus_dampening, dg, hyper.momentum * m);
     if (log_scale_momentum) *log_scale_momentum = m;
-    const Real direction = hyper.nesterov ? multiply_add(hyper.momentum, m, dg) : m;
+    const opmath_t direction = hyper.nesterov ? multiply_add(hyper.momentum, m, dg) : m;
     *log_scale = multiply_add(-hyper.lr, direction, g);
     // Bounded, so that a weight of 0 stays 0.
-    const Real keep = std::exp(*log_scale - g);
-    rule.keep = keep > kLargest<Real> ? kLargest<Real> : keep;
+    const opmath_t keep = std::exp(*log_scale - g);
+    rule.keep = keep > kLargest<opmath_t> ? kLargest<opmath_t> : keep;
     rule.rate *= std::exp(*log_scale);
   }
   return rule;

@@ -14,7 +14,6 @@ from torch.nn.utils import parametrize
 from czm_fused import functional
 from czm_fused.init import CONVOLUTIONS, czm_weight_
 from czm_fused.ops import exp_scale as ops
-from czm_fused.ops.tracing import runs_plain_torch
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -90,9 +89,8 @@ class ExpScale(nn.Module):
 
     def forward(self, direction: Tensor, log_scale: Tensor) -> Tensor:
         """Return W of the shape of `direction` (filters, ...); `log_scale` has shape (filters,)."""
-        if runs_plain_torch(direction.device):
-            return ops.reference(direction, log_scale)
-        return ops.ExpScale.apply(direction, log_scale)
+        weight: Tensor = ops.exp_scale(direction, log_scale)
+        return weight
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return V = W / ||W|| and g = log ||W||, g in float32 at least; both 0 where W = 0."""

@@ -147,12 +147,12 @@ def test_native_kernels_agree_with_plain_torch_to_the_bit(
     for noise in (None, drawn):
         for residual in (None, other):
             output = op(x, residual, noise)
-            expected = ops.fallback(x, residual, noise)
+            expected = ops.add_relu_noise.run_reference(x, residual, noise)
             assert_same_bits(output, expected)
-            assert_same_bits(output, ops.reference(x, residual, noise))
+            assert_same_bits(output, ops.reference.add_relu_noise(x, residual, noise))
             assert output.stride() == expected.stride()
             grad = op_backward(other, output, noise)
-            expected = ops.fallback_backward(other, output, noise)
+            expected = ops.add_relu_noise_backward.run_reference(other, output, noise)
             assert_same_bits(grad, expected)
             assert grad.stride() == expected.stride()
 
@@ -170,9 +170,10 @@ def test_operator_agrees_with_plain_torch_on_any_shape(shape, layout, dtype, see
     residual = torch.randn(shape).to(dtype)
     noise = functional.draw_noise(x, 0.5)
     output = op(x, residual, noise)
-    assert_same_bits(output, ops.reference(x, residual, noise))
+    assert_same_bits(output, ops.reference.add_relu_noise(x, residual, noise))
     assert_same_bits(
-        op_backward(residual, output, noise), ops.reference_backward(residual, output, noise)
+        op_backward(residual, output, noise),
+        ops.reference.add_relu_noise_backward(residual, output, noise),
     )
 
 

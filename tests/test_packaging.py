@@ -115,7 +115,7 @@ def test_find_cuda_home_prefers_the_major_version_of_torch(monkeypatch, tmp_path
 
 
 def test_default_architectures_are_known_to_nvcc():
-    assert plan.default_architectures("13.0") == "8.0;9.0;10.0+PTX"
+    assert plan.default_architectures("13.0") == "8.0;9.0;10.0;12.0+PTX"
     assert plan.default_architectures("12.6") == "8.0;9.0+PTX"
 
 

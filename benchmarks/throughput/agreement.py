@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from czm_fused import reference
+from czm_fused.ops.step import reference
 
 from .providers import Provider, Settings
 

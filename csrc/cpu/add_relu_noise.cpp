@@ -13,7 +13,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "dense.h"
+#include "../layout.h"
 
 namespace czm {
 namespace {
@@ -55,9 +55,9 @@ struct Noise {
 
 template <typename T>
 CZM_VECTORISED void forward_range(
-    T* output, const T* x, const T* residual, const Noise<arithmetic_t<T>>& noise, int64_t begin,
+    T* output, const T* x, const T* residual, const Noise<opmath_type<T>>& noise, int64_t begin,
     int64_t end) {
-  using A = arithmetic_t<T>;
+  using A = opmath_type<T>;
   noise.for_each_run(begin, end, [=](int64_t first, int64_t count, auto u) {
     T* __restrict__ out = output + first;
     const T* __restrict__ a = x + first;
@@ -78,9 +78,9 @@ CZM_VECTORISED void forward_range(
 
 template <typename T>
 CZM_VECTORISED void backward_range(
-    T* grad_input, const T* grad, const T* output, const Noise<arithmetic_t<T>>& noise,
+    T* grad_input, const T* grad, const T* output, const Noise<opmath_type<T>>& noise,
     int64_t begin, int64_t end) {
-  using A = arithmetic_t<T>;
+  using A = opmath_type<T>;
   noise.for_each_run(begin, end, [=](int64_t first, int64_t count, auto u) {
     T* __restrict__ result = grad_input + first;
     const T* __restrict__ g = grad + first;
@@ -128,16 +128,16 @@ Noise<A> noise_of(const std::optional<Tensor>& noise, const Tensor& activation) 
 Tensor add_relu_noise(
     const Tensor& x, std::optional<Tensor> residual, const std::optional<Tensor>& noise) {
   check_activation(x, "x");
-  const Tensor dense_x = dense(x);
+  const Tensor dense_x = contiguous_or_channels_last(x);
   if (residual) {
     check_alike(x, "x", *residual, "residual");
-    residual = with_layout_of(*residual, dense_x);
+    residual = to_layout_of(*residual, dense_x);
   }
   const std::optional<Tensor> u = checked_noise(noise, x);
   Tensor output = torch::stable::empty_like(dense_x);
   THO_DISPATCH_V2(
       x.scalar_type(), "add_relu_noise", AT_WRAP([&] {
-        const auto factors = noise_of<arithmetic_t<scalar_t>>(u, dense_x);
+        const auto factors = noise_of<opmath_type<scalar_t>>(u, dense_x);
         scalar_t* out = output.mutable_data_ptr<scalar_t>();
         const scalar_t* a = dense_x.const_data_ptr<scalar_t>();
         const scalar_t* b = residual ? residual->const_data_ptr<scalar_t>() : nullptr;
@@ -154,13 +154,13 @@ Tensor add_relu_noise_backward(
     const Tensor& grad, const Tensor& output, const std::optional<Tensor>& noise) {
   check_activation(output, "output");
   check_alike(output, "output", grad, "grad");
-  const Tensor dense_output = dense(output);
-  const Tensor dense_grad = with_layout_of(grad, dense_output);
+  const Tensor dense_output = contiguous_or_channels_last(output);
+  const Tensor dense_grad = to_layout_of(grad, dense_output);
   const std::optional<Tensor> u = checked_noise(noise, output);
   Tensor grad_input = torch::stable::empty_like(dense_output);
   THO_DISPATCH_V2(
       output.scalar_type(), "add_relu_noise_backward", AT_WRAP([&] {
-        const auto factors = noise_of<arithmetic_t<scalar_t>>(u, dense_output);
+        const auto factors = noise_of<opmath_type<scalar_t>>(u, dense_output);
         scalar_t* result = grad_input.mutable_data_ptr<scalar_t>();
         const scalar_t* g = dense_grad.const_data_ptr<scalar_t>();
         const scalar_t* out = dense_output.const_data_ptr<scalar_t>();
@@ -177,6 +177,6 @@ Tensor add_relu_noise_backward(
 }  // namespace czm
 
 STABLE_TORCH_LIBRARY_IMPL(czm_fused, CPU, m) {
-  m.impl("add_relu_noise", TORCH_BOX(&czm::add_relu_noise));
-  m.impl("add_relu_noise_backward", TORCH_BOX(&czm::add_relu_noise_backward));
+  m.impl("add_relu_noise_native", TORCH_BOX(&czm::add_relu_noise));
+  m.impl("add_relu_noise_backward_native", TORCH_BOX(&czm::add_relu_noise_backward));
 }

@@ -10,7 +10,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "dense.h"
+#include "../layout.h"
 
 namespace czm {
 namespace {
@@ -21,7 +21,7 @@ using torch::headeronly::ScalarType;
 // double precision, so that the error does not grow with the length of the filter.
 template <typename T>
 CZM_VECTORISED double dot(const T* __restrict__ a, const T* __restrict__ b, int64_t count) {
-  using A = arithmetic_t<T>;
+  using A = opmath_type<T>;
   constexpr int64_t kLanes = 16;
   constexpr int64_t kBlock = 32 * kLanes;
   double total = 0;
@@ -46,9 +46,9 @@ CZM_VECTORISED double dot(const T* __restrict__ a, const T* __restrict__ b, int6
 
 template <typename T>
 CZM_VECTORISED void multiply(
-    T* __restrict__ out, const T* __restrict__ in, arithmetic_t<T> factor, int64_t count) {
+    T* __restrict__ out, const T* __restrict__ in, opmath_type<T> factor, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    out[i] = static_cast<T>(factor * static_cast<arithmetic_t<T>>(in[i]));
+    out[i] = static_cast<T>(factor * static_cast<opmath_type<T>>(in[i]));
   }
 }
 
@@ -82,12 +82,12 @@ Tensor as_type(const Tensor& t, ScalarType type) {
 
 Tensor exp_scale(const Tensor& direction, const Tensor& log_scale) {
   check(direction, log_scale);
-  const Tensor v = dense(direction);
+  const Tensor v = contiguous_or_channels_last(direction);
   const Tensor g = torch::stable::contiguous(as_type(log_scale, arithmetic_type(direction)));
   Tensor weight = torch::stable::empty_like(v);
   THO_DISPATCH_V2(
       direction.scalar_type(), "exp_scale", AT_WRAP([&] {
-        using A = arithmetic_t<scalar_t>;
+        using A = opmath_type<scalar_t>;
         const A* log_scales = g.const_data_ptr<A>();
         const scalar_t* directions = v.const_data_ptr<scalar_t>();
         scalar_t* weights = weight.mutable_data_ptr<scalar_t>();
@@ -106,14 +106,14 @@ std::tuple<Tensor, Tensor> exp_scale_backward(
       same_sizes(grad, direction) && grad.scalar_type() == direction.scalar_type() &&
           grad.is_cpu(),
       "grad must have the shape, dtype and device of direction");
-  const Tensor v = dense(direction);
-  const Tensor dw = with_layout_of(grad, v);
+  const Tensor v = contiguous_or_channels_last(direction);
+  const Tensor dw = to_layout_of(grad, v);
   const Tensor g = torch::stable::contiguous(as_type(log_scale, arithmetic_type(direction)));
   Tensor grad_direction = torch::stable::empty_like(v);
   Tensor grad_log_scale = torch::stable::empty_like(g);
   THO_DISPATCH_V2(
       direction.scalar_type(), "exp_scale_backward", AT_WRAP([&] {
-        using A = arithmetic_t<scalar_t>;
+        using A = opmath_type<scalar_t>;
         const A* log_scales = g.const_data_ptr<A>();
         const scalar_t* directions = v.const_data_ptr<scalar_t>();
         const scalar_t* grads = dw.const_data_ptr<scalar_t>();
@@ -134,6 +134,6 @@ std::tuple<Tensor, Tensor> exp_scale_backward(
 }  // namespace czm
 
 STABLE_TORCH_LIBRARY_IMPL(czm_fused, CPU, m) {
-  m.impl("exp_scale", TORCH_BOX(&czm::exp_scale));
-  m.impl("exp_scale_backward", TORCH_BOX(&czm::exp_scale_backward));
+  m.impl("exp_scale_native", TORCH_BOX(&czm::exp_scale));
+  m.impl("exp_scale_backward_native", TORCH_BOX(&czm::exp_scale_backward));
 }

@@ -3,7 +3,7 @@
 #include <Python.h>
 
 #include "../read_tensors.h"
-#include "../step_table.h"
+#include "../descriptors.h"
 #include "../update_rule.h"
 #include "step.h"
 

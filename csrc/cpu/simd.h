@@ -24,16 +24,12 @@ inline namespace CZM_ARCH {
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
-// The type of the arithmetic on a stored type.
-template <class Stored> struct Arithmetic { using type = float; };
-template <> struct Arithmetic<double> { using type = double; };
-
-template <class Real> struct VectorOf {
-  typedef Real type __attribute__((vector_size(CZM_VECTOR_BYTES)));
-  static constexpr int lanes = CZM_VECTOR_BYTES / sizeof(Real);
+template <class opmath_t> struct VectorOf {
+  typedef opmath_t type __attribute__((vector_size(CZM_VECTOR_BYTES)));
+  static constexpr int lanes = CZM_VECTOR_BYTES / sizeof(opmath_t);
 };
-template <class Real> using Vector = typename VectorOf<Real>::type;
-template <class Real> constexpr int kLanes = VectorOf<Real>::lanes;
+template <class opmath_t> using Vector = typename VectorOf<opmath_t>::type;
+template <class opmath_t> constexpr int kLanes = VectorOf<opmath_t>::lanes;
 
 using VectorF = Vector<float>;
 using VectorD = Vector<double>;
@@ -77,11 +73,11 @@ inline uint32_t float_to_bits(float x) {
   return bits;
 }
 
-inline float to_real(float x) { return x; }
-inline double to_real(double x) { return x; }
-inline float to_real(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+inline float to_opmath(float x) { return x; }
+inline double to_opmath(double x) { return x; }
+inline float to_opmath(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 
-inline float to_real(Float16 x) {
+inline float to_opmath(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
@@ -89,10 +85,10 @@ inline float to_real(Float16 x) {
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
 }
 
-inline void from_real(float x, float& out) { out = x; }
-inline void from_real(double x, double& out) { out = x; }
+inline void from_opmath(float x, float& out) { out = x; }
+inline void from_opmath(double x, double& out) { out = x; }
 
-inline void from_real(float x, BFloat16& out) {
+inline void from_opmath(float x, BFloat16& out) {
   const uint32_t bits = float_to_bits(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) {
     out.bits = 0x7fc0u;
@@ -101,7 +97,7 @@ inline void from_real(float x, BFloat16& out) {
   out.bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-inline void from_real(float x, Float16& out) {
+inline void from_opmath(float x, Float16& out) {
   const uint32_t bits = float_to_bits(x);
   const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -154,7 +150,7 @@ inline VectorF load(const Float16* p) {
 #elif defined(__aarch64__)
   return (VectorF)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
 #else
-  return VectorF{to_real(p[0]), to_real(p[1]), to_real(p[2]), to_real(p[3])};
+  return VectorF{to_opmath(p[0]), to_opmath(p[1]), to_opmath(p[2]), to_opmath(p[3])};
 #endif
 }
 
@@ -168,14 +164,14 @@ inline void store(Float16* p, VectorF v) {
 #elif defined(__aarch64__)
   vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 #else
-  for (int i = 0; i < 4; ++i) from_real(v[i], p[i]);
+  for (int i = 0; i < 4; ++i) from_opmath(v[i], p[i]);
 #endif
 }
 
 typedef int16_t Int16s __attribute__((vector_size(CZM_VECTOR_BYTES / 2)));
 typedef int32_t Int32s __attribute__((vector_size(CZM_VECTOR_BYTES)));
 
-// As in remainder.h.
+// As in param_remainder.h.
 inline VectorF add_remainder(VectorF param, const int16_t* remainder) {
   const Int32s apart = __builtin_convertvector(load_as<Int16s>(remainder), Int32s);
   return (VectorF)((Int32s)param + (apart & ~((param == VectorF{}) & (apart < 0))));
@@ -190,41 +186,41 @@ inline void store_remainder(int16_t* to, VectorF weight, VectorF param) {
 
 // The first `count` lanes; the others are zero. The kernel's tails are short and rare.
 template <class Stored>
-inline Vector<typename Arithmetic<Stored>::type> load_first(const Stored* p, int64_t count) {
-  Vector<typename Arithmetic<Stored>::type> v{};
-  for (int64_t i = 0; i < count; ++i) v[i] = to_real(p[i]);
+inline Vector<opmath_type<Stored>> load_first(const Stored* p, int64_t count) {
+  Vector<opmath_type<Stored>> v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = to_opmath(p[i]);
   return v;
 }
 
 template <class Stored>
-inline void store_first(Stored* p, Vector<typename Arithmetic<Stored>::type> v, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) from_real(v[i], p[i]);
+inline void store_first(Stored* p, Vector<opmath_type<Stored>> v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) from_opmath(v[i], p[i]);
 }
 
-template <class Real> inline Real sum_lanes(Vector<Real> v) {
-  Real lanes[kLanes<Real>];
+template <class opmath_t> inline opmath_t sum_lanes(Vector<opmath_t> v) {
+  opmath_t lanes[kLanes<opmath_t>];
   std::memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes<Real> / 2; width > 0; width /= 2)
+  for (int width = kLanes<opmath_t> / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
 }
 
 // Lane i of the result is lane Index::at(i) of a followed by b.
-template <class Real> struct IntOf { using type = int32_t; };
+template <class opmath_t> struct IntOf { using type = int32_t; };
 template <> struct IntOf<double> { using type = int64_t; };
 
-template <class Real, class Index, size_t... lane>
-inline Vector<Real> permute(Vector<Real> a, Vector<Real> b, std::index_sequence<lane...>) {
+template <class opmath_t, class Index, size_t... lane>
+inline Vector<opmath_t> permute(Vector<opmath_t> a, Vector<opmath_t> b, std::index_sequence<lane...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, Index::at(lane)...);
 #else
-  typedef Vector<typename IntOf<Real>::type> Mask;
+  typedef Vector<typename IntOf<opmath_t>::type> Mask;
   return __builtin_shuffle(a, b, Mask{Index::at(lane)...});
 #endif
 }
 
-template <class Real, class Index> inline Vector<Real> permute(Vector<Real> a, Vector<Real> b) {
-  return permute<Real, Index>(a, b, std::make_index_sequence<kLanes<Real>>{});
+template <class opmath_t, class Index> inline Vector<opmath_t> permute(Vector<opmath_t> a, Vector<opmath_t> b) {
+  return permute<opmath_t, Index>(a, b, std::make_index_sequence<kLanes<opmath_t>>{});
 }
 
 // Picks every third number, from the offset-th on, of three vectors: two vectors first, then the third.
@@ -237,30 +233,30 @@ template <int lanes, int offset> struct EveryThirdOfThird {
   }
 };
 
-template <class Real, int offset>
-inline Vector<Real> every_third(Vector<Real> a, Vector<Real> b, Vector<Real> c) {
-  constexpr int lanes = kLanes<Real>;
-  return permute<Real, EveryThirdOfThird<lanes, offset>>(
-      permute<Real, EveryThirdOfTwo<lanes, offset>>(a, b), c);
+template <class opmath_t, int offset>
+inline Vector<opmath_t> every_third(Vector<opmath_t> a, Vector<opmath_t> b, Vector<opmath_t> c) {
+  constexpr int lanes = kLanes<opmath_t>;
+  return permute<opmath_t, EveryThirdOfThird<lanes, offset>>(
+      permute<opmath_t, EveryThirdOfTwo<lanes, offset>>(a, b), c);
 }
 
 // Sums of 3, of three vectors' consecutive numbers: one vector.
-template <class Real>
-inline Vector<Real> sum_threes(Vector<Real> a, Vector<Real> b, Vector<Real> c) {
-  return every_third<Real, 0>(a, b, c) + every_third<Real, 1>(a, b, c) +
-         every_third<Real, 2>(a, b, c);
+template <class opmath_t>
+inline Vector<opmath_t> sum_threes(Vector<opmath_t> a, Vector<opmath_t> b, Vector<opmath_t> c) {
+  return every_third<opmath_t, 0>(a, b, c) + every_third<opmath_t, 1>(a, b, c) +
+         every_third<opmath_t, 2>(a, b, c);
 }
 
 // Sums of `taps` (a power of three) consecutive numbers of `taps` vectors: one vector.
-template <class Real, int taps> struct TapSums {
-  static Vector<Real> of(const Vector<Real>* v) {
+template <class opmath_t, int taps> struct TapSums {
+  static Vector<opmath_t> of(const Vector<opmath_t>* v) {
     constexpr int third = taps / 3;
-    return sum_threes<Real>(TapSums<Real, third>::of(v), TapSums<Real, third>::of(v + third),
-                            TapSums<Real, third>::of(v + 2 * third));
+    return sum_threes<opmath_t>(TapSums<opmath_t, third>::of(v), TapSums<opmath_t, third>::of(v + third),
+                            TapSums<opmath_t, third>::of(v + 2 * third));
   }
 };
-template <class Real> struct TapSums<Real, 1> {
-  static Vector<Real> of(const Vector<Real>* v) { return *v; }
+template <class opmath_t> struct TapSums<opmath_t, 1> {
+  static Vector<opmath_t> of(const Vector<opmath_t>* v) { return *v; }
 };
 
 // The inverse move: block `number` of `taps` vectors in which each lane of v stands `taps` times.

@@ -5,12 +5,12 @@
 
 #include <cstdint>
 
-#include "../step_table.h"
+#include "../descriptors.h"
 #include "../update_rule.h"
 
 namespace czm {
 
-using StepRange = void(const TensorRow* rows, const int64_t* grads, int64_t row_count,
+using StepRange = void(const TensorDescriptor* rows, const int64_t* grads, int64_t row_count,
                        const GroupRow* groups, double inverse_scale, int64_t begin, int64_t end);
 
 namespace baseline { StepRange step_range; }
@@ -51,9 +51,9 @@ PyObject* step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const int64_t work = PyLong_AsLongLong(arguments[2]);
   const double inverse_scale = PyFloat_AsDouble(arguments[3]);
   if (PyErr_Occurred()) return nullptr;
-  const auto* const rows = reinterpret_cast<const TensorRow*>(tensors);
+  const auto* const rows = reinterpret_cast<const TensorDescriptor*>(tensors);
   const int64_t row_count =
-      PyBytes_Size(arguments[0]) / int64_t(sizeof(TensorRow) + sizeof(int64_t));
+      PyBytes_Size(arguments[0]) / int64_t(sizeof(TensorDescriptor) + sizeof(int64_t));
   const auto* const grads = reinterpret_cast<const int64_t*>(rows + row_count);
   const auto* const group_rows = reinterpret_cast<const GroupRow*>(groups);
   static StepRange* const step_range = best_step_range();

@@ -6,31 +6,31 @@
 
 #include <cstdint>
 
-#include "../step_table.h"
+#include "../descriptors.h"
 #include "simd.h"
 
-#include "../remainder.h"
+#include "../param_remainder.h"
 #include "../update_rule.h"
 
 namespace czm {
 inline namespace CZM_ARCH {
 
-// Weights between the running sums in Real and their totals in double.
+// Weights between the running sums in opmath_t and their totals in double.
 constexpr int64_t kSumBlock = 4096;
 // How far ahead of the update memory is fetched, in bytes, where filters are shorter than that.
 constexpr int64_t kPrefetchBytes = 4096;
 
 // Not a lambda: GCC compiles those without the instruction set that the file selects.
 struct Broadcast {
-  template <class Real> Vector<Real> operator()(Real x) const { return broadcast(x); }
+  template <class opmath_t> Vector<opmath_t> operator()(opmath_t x) const { return broadcast(x); }
 };
 
-template <class Real> inline FilterRule<Vector<Real>> broadcast_rule(const FilterRule<Real>& rule) {
-  return convert_rule<Vector<Real>>(rule, Broadcast());
+template <class opmath_t> inline FilterRule<Vector<opmath_t>> broadcast_rule(const FilterRule<opmath_t>& rule) {
+  return convert_rule<Vector<opmath_t>>(rule, Broadcast());
 }
 
 template <class Stored> struct Filter {
-  using Real = typename Arithmetic<Stored>::type;
+  using opmath_t = opmath_type<Stored>;
   Stored* weight;
   const Stored* grad;
   Stored* momentum;    // null without momentum
@@ -49,7 +49,7 @@ template <class Stored> struct Filter {
 };
 
 template <class Stored>
-inline Vector<typename Arithmetic<Stored>::type> load_weight(const Filter<Stored>& filter,
+inline Vector<opmath_type<Stored>> load_weight(const Filter<Stored>& filter,
                                                              int64_t i) {
   const auto param = load(filter.weight + i);
   if constexpr (sizeof(Stored) == 2) {
@@ -59,7 +59,7 @@ inline Vector<typename Arithmetic<Stored>::type> load_weight(const Filter<Stored
 }
 
 template <class Stored>
-inline Vector<typename Arithmetic<Stored>::type> load_first_weight(const Filter<Stored>& filter,
+inline Vector<opmath_type<Stored>> load_first_weight(const Filter<Stored>& filter,
                                                                    int64_t i, int64_t count) {
   auto weight = load_first(filter.weight + i, count);
   if constexpr (sizeof(Stored) == 2) {
@@ -82,45 +82,45 @@ inline void store_first_weight(const Filter<Stored>& filter, int64_t i, T weight
   store_first(filter.weight + i, weight, count);
   if constexpr (sizeof(Stored) == 2) {
     for (int64_t k = 0; filter.remainder && k < count; ++k)
-      filter.remainder[i + k] = remainder_of(weight[k], to_real(filter.weight[i + k]));
+      filter.remainder[i + k] = remainder_of(weight[k], to_opmath(filter.weight[i + k]));
   }
 }
 
-template <class Real> struct Reductions {
-  Real weight_weight;
-  Real grad_weight;
+template <class opmath_t> struct Reductions {
+  opmath_t weight_weight;
+  opmath_t grad_weight;
 };
 
 template <class Stored>
-Reductions<typename Arithmetic<Stored>::type> reduce(const Filter<Stored>& filter) {
-  using Real = typename Arithmetic<Stored>::type;
-  constexpr int lanes = kLanes<Real>;
+Reductions<opmath_type<Stored>> reduce(const Filter<Stored>& filter) {
+  using opmath_t = opmath_type<Stored>;
+  constexpr int lanes = kLanes<opmath_t>;
   double weight_weight = 0, grad_weight = 0;
   for (int64_t begin = 0; begin < filter.numel; begin += kSumBlock) {
     const int64_t end = begin + kSumBlock < filter.numel ? begin + kSumBlock : filter.numel;
-    Vector<Real> ww[4] = {}, gw[4] = {};
+    Vector<opmath_t> ww[4] = {}, gw[4] = {};
     int64_t i = begin;
     for (; i + 4 * lanes <= end; i += 4 * lanes) {
       for (int k = 0; k < 4; ++k) {
-        const Vector<Real> w = load_weight(filter, i + k * lanes);
+        const Vector<opmath_t> w = load_weight(filter, i + k * lanes);
         ww[k] = multiply_add(w, w, ww[k]);
         gw[k] = multiply_add(load(filter.grad + i + k * lanes), w, gw[k]);
       }
     }
     for (; i + lanes <= end; i += lanes) {
-      const Vector<Real> w = load_weight(filter, i);
+      const Vector<opmath_t> w = load_weight(filter, i);
       ww[0] = multiply_add(w, w, ww[0]);
       gw[0] = multiply_add(load(filter.grad + i), w, gw[0]);
     }
     if (i < end) {
-      const Vector<Real> w = load_first_weight(filter, i, end - i);
+      const Vector<opmath_t> w = load_first_weight(filter, i, end - i);
       ww[1] = multiply_add(w, w, ww[1]);
       gw[1] = multiply_add(load_first(filter.grad + i, end - i), w, gw[1]);
     }
-    weight_weight += sum_lanes<Real>((ww[0] + ww[1]) + (ww[2] + ww[3]));
-    grad_weight += sum_lanes<Real>((gw[0] + gw[1]) + (gw[2] + gw[3]));
+    weight_weight += sum_lanes<opmath_t>((ww[0] + ww[1]) + (ww[2] + ww[3]));
+    grad_weight += sum_lanes<opmath_t>((gw[0] + gw[1]) + (gw[2] + gw[3]));
   }
-  return {static_cast<Real>(weight_weight), static_cast<Real>(grad_weight)};
+  return {static_cast<opmath_t>(weight_weight), static_cast<opmath_t>(grad_weight)};
 }
 
 template <class Stored>
@@ -167,7 +167,7 @@ inline void update_first_of_vector(const Filter<Stored>& filter, int64_t i,
 // All weights of `filter`, with the same mean removed from each.
 template <class Stored, class T>
 inline void update_with_mean(const Filter<Stored>& filter, const FilterRule<T>& rule, T removed) {
-  constexpr int lanes = kLanes<typename Arithmetic<Stored>::type>;
+  constexpr int lanes = kLanes<opmath_type<Stored>>;
   int64_t i = 0;
   for (; i + lanes <= filter.numel; i += lanes) {
     prefetch(filter, i);
@@ -179,8 +179,8 @@ inline void update_with_mean(const Filter<Stored>& filter, const FilterRule<T>& 
 // One channel after the other, each with its own mean: any number of taps.
 template <class Stored, class T>
 void update_channels(const Filter<Stored>& filter, const FilterRule<T>& rule, int64_t taps) {
-  using Real = typename Arithmetic<Stored>::type;
-  constexpr int lanes = kLanes<Real>;
+  using opmath_t = opmath_type<Stored>;
+  constexpr int lanes = kLanes<opmath_t>;
   for (int64_t begin = 0; begin < filter.numel; begin += taps) {
     Filter<Stored> channel = filter.from(begin);
     channel.numel = taps;
@@ -189,30 +189,30 @@ void update_channels(const Filter<Stored>& filter, const FilterRule<T>& rule, in
     for (; i + lanes <= taps; i += lanes) sum += grad_vector(channel, i, rule);
     // Lanes beyond the last tap are zero, and so is their gradient.
     if (i < taps) sum += first_of_grad_vector(channel, i, rule, taps - i);
-    update_with_mean(channel, rule, rule.mean * broadcast(sum_lanes<Real>(sum)));
+    update_with_mean(channel, rule, rule.mean * broadcast(sum_lanes<opmath_t>(sum)));
   }
 }
 
 template <class Stored, class T, int taps, size_t... number>
 inline void update_channel_block(const Filter<Stored>& filter, const FilterRule<T>& rule,
                                  std::index_sequence<number...>) {
-  using Real = typename Arithmetic<Stored>::type;
-  constexpr int lanes = kLanes<Real>;
+  using opmath_t = opmath_type<Stored>;
+  constexpr int lanes = kLanes<opmath_t>;
   T grad[taps];
   for (int k = 0; k < taps; ++k) {
     prefetch(filter, k * lanes);
     grad[k] = grad_vector(filter, k * lanes, rule);
   }
-  const T mean = rule.mean * TapSums<Real, taps>::of(grad);
+  const T mean = rule.mean * TapSums<opmath_t, taps>::of(grad);
   (update_vector(filter, int64_t(number) * lanes, rule, grad[number],
-                 permute<Real, RepeatedLane<lanes, taps, int(number)>>(mean, mean)),
+                 permute<opmath_t, RepeatedLane<lanes, taps, int(number)>>(mean, mean)),
    ...);
 }
 
 // As many channels at a time as a vector has lanes; the taps of a channel are consecutive.
 template <class Stored, class T, int taps>
 void update_channel_blocks(const Filter<Stored>& filter, const FilterRule<T>& rule) {
-  constexpr int lanes = kLanes<typename Arithmetic<Stored>::type>;
+  constexpr int lanes = kLanes<opmath_type<Stored>>;
   int64_t i = 0;
   for (; i + taps * lanes <= filter.numel; i += taps * lanes)
     update_channel_block<Stored, T, taps>(filter.from(i), rule, std::make_index_sequence<taps>{});
@@ -222,7 +222,7 @@ void update_channel_blocks(const Filter<Stored>& filter, const FilterRule<T>& ru
 // channels_last: the channels of a tap are consecutive.
 template <class Stored, class T>
 void update_channels_last(const Filter<Stored>& filter, const FilterRule<T>& rule, int64_t taps) {
-  constexpr int lanes = kLanes<typename Arithmetic<Stored>::type>;
+  constexpr int lanes = kLanes<opmath_type<Stored>>;
   const int64_t channels = filter.numel / taps;
   int64_t channel = 0;
   for (; channel + lanes <= channels; channel += lanes) {
@@ -246,16 +246,16 @@ void update_channels_last(const Filter<Stored>& filter, const FilterRule<T>& rul
 }
 
 template <class Stored>
-void update_filter(const Filter<Stored>& filter, const TensorRow& row,
-                   const HyperParameters<typename Arithmetic<Stored>::type>& hyper, int64_t number) {
-  using Real = typename Arithmetic<Stored>::type;
-  using T = Vector<Real>;
-  Reductions<Real> sums{};
+void update_filter(const Filter<Stored>& filter, const TensorDescriptor& row,
+                   const HyperParameters<opmath_type<Stored>>& hyper, int64_t number) {
+  using opmath_t = opmath_type<Stored>;
+  using T = Vector<opmath_t>;
+  Reductions<opmath_t> sums{};
   if (row.needs_norms) sums = reduce(filter);
-  Real* log_scale = row.log_scale ? reinterpret_cast<Real*>(row.log_scale) + number : nullptr;
-  Real* log_scale_momentum =
+  opmath_t* log_scale = row.log_scale ? reinterpret_cast<opmath_t*>(row.log_scale) + number : nullptr;
+  opmath_t* log_scale_momentum =
       row.log_scale_momentum_buffer
-          ? reinterpret_cast<Real*>(row.log_scale_momentum_buffer) + number
+          ? reinterpret_cast<opmath_t*>(row.log_scale_momentum_buffer) + number
           : nullptr;
   const FilterRule<T> rule = broadcast_rule(filter_rule(
       hyper, sums.weight_weight, sums.grad_weight, row.taps, log_scale, log_scale_momentum));
@@ -275,12 +275,12 @@ void update_filter(const Filter<Stored>& filter, const TensorRow& row,
 }
 
 template <class Stored>
-void step_tensor(const TensorRow& row, int64_t grad, const GroupRow& group, double inverse_scale,
+void step_tensor(const TensorDescriptor& row, int64_t grad, const GroupRow& group, double inverse_scale,
                  int64_t first_filter, int64_t last_filter) {
-  using Real = typename Arithmetic<Stored>::type;
+  using opmath_t = opmath_type<Stored>;
   const bool is_first = row.step && *reinterpret_cast<const float*>(row.step) == 0;
-  const auto hyper = hyperparameters_of<Real>(group, row.momentum_buffer != 0, is_first,
-                                              Real(inverse_scale));
+  const auto hyper = hyperparameters_of<opmath_t>(group, row.momentum_buffer != 0, is_first,
+                                              opmath_t(inverse_scale));
   const int64_t least_prefetch = kPrefetchBytes / int64_t(sizeof(Stored));
   const Filter<Stored> tensor{
       reinterpret_cast<Stored*>(row.param),
@@ -297,7 +297,7 @@ void step_tensor(const TensorRow& row, int64_t grad, const GroupRow& group, doub
 }
 
 // Updates the filters whose first unit of work lies in [begin, end).
-void step_range(const TensorRow* rows, const int64_t* grads, int64_t row_count,
+void step_range(const TensorDescriptor* rows, const int64_t* grads, int64_t row_count,
                 const GroupRow* groups, double inverse_scale, int64_t begin, int64_t end) {
   int64_t low = 0, high = row_count;
   while (high - low > 1) {
@@ -305,7 +305,7 @@ void step_range(const TensorRow* rows, const int64_t* grads, int64_t row_count,
     (rows[middle].first_work <= begin ? low : high) = middle;
   }
   for (; low < row_count && rows[low].first_work < end; ++low) {
-    const TensorRow& row = rows[low];
+    const TensorDescriptor& row = rows[low];
     if (!grads[low]) continue;
     const int64_t filters = (row.numel + row.filter_numel - 1) / row.filter_numel;
     const int64_t work = row.filter_numel + kFilterWork;

@@ -4,9 +4,9 @@
 
 #include <optional>
 
-#include "../cpu/dense.h"
+#include "../layout.h"
 #include "add_relu_noise_kernel.cuh"
-#include "tensors.h"
+#include "launch_utils.h"
 
 namespace czm {
 namespace {
@@ -43,7 +43,7 @@ void for_noise(const std::optional<Tensor>& u, const Tensor& activation, const L
   choose_elementwise<Stored>(
       count,
       [&](auto size, auto divide_by) {
-        launch(size, noise_of<Stored>(u ? elements<Real<Stored>>(*u) : nullptr, channels, area,
+        launch(size, noise_of<Stored>(u ? elements<opmath_type<Stored>>(*u) : nullptr, channels, area,
                                       area == 1 || !activation.is_contiguous(), divide_by));
       },
       addresses...);
@@ -54,10 +54,10 @@ Tensor add_relu_noise(const Tensor& x, std::optional<Tensor> residual,
                       const std::optional<Tensor>& noise) {
   check_activation(x, "x");
   const auto guard = on_device_of(x);
-  const Tensor dense_x = dense(x);
+  const Tensor dense_x = contiguous_or_channels_last(x);
   if (residual) {
     check_alike(x, "x", *residual, "residual");
-    residual = with_layout_of(*residual, dense_x);
+    residual = to_layout_of(*residual, dense_x);
   }
   const std::optional<Tensor> u = checked_noise(noise, x);
   Tensor output = torch::stable::empty_like(dense_x);
@@ -85,8 +85,8 @@ Tensor add_relu_noise_backward(const Tensor& grad, const Tensor& output,
   check_activation(output, "output");
   check_alike(output, "output", grad, "grad");
   const auto guard = on_device_of(output);
-  const Tensor dense_output = dense(output);
-  const Tensor dense_grad = with_layout_of(grad, dense_output);
+  const Tensor dense_output = contiguous_or_channels_last(output);
+  const Tensor dense_grad = to_layout_of(grad, dense_output);
   const std::optional<Tensor> u = checked_noise(noise, output);
   Tensor grad_input = torch::stable::empty_like(dense_output);
   const int64_t count = output.numel();
@@ -112,6 +112,6 @@ Tensor add_relu_noise_backward(const Tensor& grad, const Tensor& output,
 }  // namespace czm
 
 STABLE_TORCH_LIBRARY_IMPL(czm_fused, CUDA, m) {
-  m.impl("add_relu_noise", TORCH_BOX(&czm::add_relu_noise));
-  m.impl("add_relu_noise_backward", TORCH_BOX(&czm::add_relu_noise_backward));
+  m.impl("add_relu_noise_native", TORCH_BOX(&czm::add_relu_noise));
+  m.impl("add_relu_noise_backward_native", TORCH_BOX(&czm::add_relu_noise_backward));
 }

@@ -1,7 +1,7 @@
 // relu((x + residual) * u) and its gradient, element by element, in packs.
 #pragma once
 
-#include "numbers.cuh"
+#include "packed_types.cuh"
 
 namespace czm {
 
@@ -61,7 +61,7 @@ __device__ __forceinline__ void for_each_pack(int64_t count, const Body& body) {
 template <int size, class Stored, class Division>
 __global__ void __launch_bounds__(kElementwiseThreads, 4)
 add_relu_noise_kernel(Stored* output, const Stored* x, const Stored* residual,
-                      const Noise<Real<Stored>, Division> noise, int64_t count) {
+                      const Noise<opmath_type<Stored>, Division> noise, int64_t count) {
   for_each_pack<size>(count, [&](int64_t i, auto pack_size) {
     constexpr int width = decltype(pack_size)::value;
     Pack<Stored, width> pack = load_pack<width>(x + i);
@@ -69,11 +69,11 @@ add_relu_noise_kernel(Stored* output, const Stored* x, const Stored* residual,
     if (residual) added = load_pack<width>(residual + i);
 #pragma unroll
     for (int j = 0; j < width; ++j) {
-      Real<Stored> value = to_real(pack.values[j]);
-      if (residual) value += to_real(added.values[j]);
+      opmath_type<Stored> value = to_opmath(pack.values[j]);
+      if (residual) value += to_opmath(added.values[j]);
       value *= noise.at(i + j);
       // NaN and -0 pass, as in torch.relu.
-      pack.values[j] = from_real<Stored>(value < 0 ? Real<Stored>(0) : value);
+      pack.values[j] = from_opmath<Stored>(value < 0 ? opmath_type<Stored>(0) : value);
     }
     store_pack(output + i, pack);
   });
@@ -82,16 +82,16 @@ add_relu_noise_kernel(Stored* output, const Stored* x, const Stored* residual,
 template <int size, class Stored, class Division>
 __global__ void __launch_bounds__(kElementwiseThreads, 4)
 add_relu_noise_backward_kernel(Stored* grad_input, const Stored* grad, const Stored* output,
-                               const Noise<Real<Stored>, Division> noise, int64_t count) {
+                               const Noise<opmath_type<Stored>, Division> noise, int64_t count) {
   for_each_pack<size>(count, [&](int64_t i, auto pack_size) {
     constexpr int width = decltype(pack_size)::value;
     Pack<Stored, width> pack = load_pack<width>(grad + i);
     const Pack<Stored, width> out = load_pack<width>(output + i);
 #pragma unroll
     for (int j = 0; j < width; ++j) {
-      const Real<Stored> value = to_real(pack.values[j]) * noise.at(i + j);
+      const opmath_type<Stored> value = to_opmath(pack.values[j]) * noise.at(i + j);
       pack.values[j] =
-          from_real<Stored>(to_real(out.values[j]) <= 0 ? Real<Stored>(0) : value);
+          from_opmath<Stored>(to_opmath(out.values[j]) <= 0 ? opmath_type<Stored>(0) : value);
     }
     store_pack(grad_input + i, pack);
   });
@@ -117,10 +117,10 @@ void choose_elementwise(int64_t count, Launch&& launch, const Address*... addres
 
 // The noise of an activation of `channels` and, for each of them, `area` elements in a sample.
 template <class Stored, class MakeDivision>
-auto noise_of(const Real<Stored>* values, int64_t channels, int64_t area, bool channels_last,
+auto noise_of(const opmath_type<Stored>* values, int64_t channels, int64_t area, bool channels_last,
               const MakeDivision& divide_by) {
   using Division = decltype(divide_by(1));
-  return Noise<Real<Stored>, Division>{values, channels_last, channels,
+  return Noise<opmath_type<Stored>, Division>{values, channels_last, channels,
                                        divide_by(channels_last ? channels : area),
                                        divide_by(channels * area)};
 }

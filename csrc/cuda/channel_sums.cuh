@@ -1,8 +1,8 @@
 // The sums over taps that CZMG needs, formed in shared memory.
 #pragma once
 
-#include "numbers.cuh"
-#include "team.cuh"
+#include "packed_types.cuh"
+#include "thread_group.cuh"
 
 namespace czm {
 
@@ -21,13 +21,13 @@ struct SmallDivider {
 
 // Some channels of a filter, with all their taps, as they lie in shared memory: in the order of the
 // filter, in one piece.
-struct Tile {
+struct ChannelTile {
   int channels;
   int taps;
   bool channels_last;
   SmallDivider divider;  // by the taps of a channel or, where channels_last, the channels of a tap
 
-  __device__ Tile(int channels, int taps, bool channels_last)
+  __device__ ChannelTile(int channels, int taps, bool channels_last)
       : channels(channels),
         taps(taps),
         channels_last(channels_last),
@@ -42,19 +42,19 @@ struct Tile {
   }
 
   // Replaces the first tap of each channel by the sum over all, in an order that never changes.
-  // The weights were written before this, and may be read after it, by any thread of the team.
-  template <class T> __device__ __forceinline__ void sum_over_taps(T* shared, const Team& team) const {
-    team.sync();
+  // The weights were written before this, and may be read after it, by any thread of the thread group.
+  template <class T> __device__ __forceinline__ void sum_over_taps(T* shared, const ThreadGroup& threads) const {
+    threads.sync();
     const int channel_stride = channels_last ? 1 : taps;
     const int tap_stride = channels_last ? channels : 1;
     // As many neighbouring threads share a channel as there are threads to spare.
     int log_parts = 0;
-    while (log_parts < kLogWarp && channels << (log_parts + 1) <= team.size) ++log_parts;
+    while (log_parts < kLogWarp && channels << (log_parts + 1) <= threads.size) ++log_parts;
     const int parts = 1 << log_parts;
-    const int part = team.rank & (parts - 1);
+    const int part = threads.rank & (parts - 1);
     // Every lane takes every turn, for the shuffles.
-    for (int first = 0; first < channels << log_parts; first += team.size) {
-      const int number = (first + team.rank) >> log_parts;
+    for (int first = 0; first < channels << log_parts; first += threads.size) {
+      const int number = (first + threads.rank) >> log_parts;
       T* const channel = shared + number * channel_stride;
       T sum = 0;
       if (number < channels) {
@@ -65,7 +65,7 @@ struct Tile {
       }
       if (number < channels && part == 0) *channel = sum;
     }
-    team.sync();
+    threads.sync();
   }
 };
 

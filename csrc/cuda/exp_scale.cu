@@ -4,9 +4,9 @@
 
 #include <tuple>
 
-#include "../cpu/dense.h"
+#include "../layout.h"
 #include "exp_scale_kernel.cuh"
-#include "tensors.h"
+#include "launch_utils.h"
 
 namespace czm {
 namespace {
@@ -34,7 +34,7 @@ Tensor arithmetic_log_scale(const Tensor& log_scale, const Tensor& direction) {
 Tensor exp_scale(const Tensor& direction, const Tensor& log_scale) {
   check(direction, log_scale);
   const auto guard = on_device_of(direction);
-  const Tensor v = dense(direction);
+  const Tensor v = contiguous_or_channels_last(direction);
   const Tensor g = arithmetic_log_scale(log_scale, direction);
   Tensor weight = torch::stable::empty_like(v);
   if (v.numel() == 0) return weight;
@@ -47,7 +47,7 @@ Tensor exp_scale(const Tensor& direction, const Tensor& log_scale) {
         filter_numel,
         [&](auto size) {
           exp_scale_kernel<size><<<unsigned(filters), kFilterThreads, 0, current_stream(v)>>>(
-              out, in, elements<Real<Stored>>(g), filter_numel);
+              out, in, elements<opmath_type<Stored>>(g), filter_numel);
         },
         out, in);
   });
@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor> exp_scale_backward(const Tensor& grad, const Tensor& 
                       on_same_device(grad, direction),
                   "grad must have the shape, dtype and device of direction");
   const auto guard = on_device_of(direction);
-  const Tensor v = dense(direction);
-  const Tensor dw = with_layout_of(grad, v);
+  const Tensor v = contiguous_or_channels_last(direction);
+  const Tensor dw = to_layout_of(grad, v);
   const Tensor g = arithmetic_log_scale(log_scale, direction);
   Tensor grad_direction = torch::stable::empty_like(v);
   Tensor grad_log_scale = torch::stable::empty_like(g);
@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor> exp_scale_backward(const Tensor& grad, const Tensor& 
           [&](auto size) {
             exp_scale_backward_kernel<size>
                 <<<unsigned(filters), kFilterThreads, 0, current_stream(v)>>>(
-                    out, mutable_elements<Real<Stored>>(grad_log_scale), gradient, in,
-                    elements<Real<Stored>>(g), filter_numel);
+                    out, mutable_elements<opmath_type<Stored>>(grad_log_scale), gradient, in,
+                    elements<opmath_type<Stored>>(g), filter_numel);
           },
           out, gradient, in);
     });
@@ -93,6 +93,6 @@ std::tuple<Tensor, Tensor> exp_scale_backward(const Tensor& grad, const Tensor& 
 }  // namespace czm
 
 STABLE_TORCH_LIBRARY_IMPL(czm_fused, CUDA, m) {
-  m.impl("exp_scale", TORCH_BOX(&czm::exp_scale));
-  m.impl("exp_scale_backward", TORCH_BOX(&czm::exp_scale_backward));
+  m.impl("exp_scale_native", TORCH_BOX(&czm::exp_scale));
+  m.impl("exp_scale_backward_native", TORCH_BOX(&czm::exp_scale_backward));
 }

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "numbers.cuh"
-#include "team.cuh"
+#include "packed_types.cuh"
+#include "thread_group.cuh"
 
 // The tests run the kernels with smaller blocks.
 #ifndef CZM_FILTER_THREADS
@@ -16,21 +16,21 @@ namespace czm {
 constexpr int kFilterThreads = CZM_FILTER_THREADS;
 
 template <class Stored, int size>
-__device__ __forceinline__ Pack<Stored, size> scaled(Real<Stored> scale,
+__device__ __forceinline__ Pack<Stored, size> scaled(opmath_type<Stored> scale,
                                                      const Pack<Stored, size>& pack) {
   Pack<Stored, size> result;
 #pragma unroll
   for (int j = 0; j < size; ++j) {
-    result.values[j] = from_real<Stored>(scale * to_real(pack.values[j]));
+    result.values[j] = from_opmath<Stored>(scale * to_opmath(pack.values[j]));
   }
   return result;
 }
 
 template <int size, class Stored>
 __global__ void __launch_bounds__(kFilterThreads)
-exp_scale_kernel(Stored* weight, const Stored* direction, const Real<Stored>* log_scale,
+exp_scale_kernel(Stored* weight, const Stored* direction, const opmath_type<Stored>* log_scale,
                  int64_t filter_numel) {
-  const Real<Stored> scale = std::exp(log_scale[blockIdx.x]);
+  const opmath_type<Stored> scale = std::exp(log_scale[blockIdx.x]);
   const int64_t first = blockIdx.x * filter_numel;
   for (int64_t i = int64_t(threadIdx.x) * size; i < filter_numel; i += kFilterThreads * size) {
     store_pack(weight + first + i, scaled(scale, load_pack<size>(direction + first + i)));
@@ -39,24 +39,24 @@ exp_scale_kernel(Stored* weight, const Stored* direction, const Real<Stored>* lo
 
 template <int size, class Stored>
 __global__ void __launch_bounds__(kFilterThreads)
-exp_scale_backward_kernel(Stored* grad_direction, Real<Stored>* grad_log_scale, const Stored* grad,
-                          const Stored* direction, const Real<Stored>* log_scale,
+exp_scale_backward_kernel(Stored* grad_direction, opmath_type<Stored>* grad_log_scale, const Stored* grad,
+                          const Stored* direction, const opmath_type<Stored>* log_scale,
                           int64_t filter_numel) {
   __shared__ double partial[kFilterThreads / kWarp];
-  const Real<Stored> scale = std::exp(log_scale[blockIdx.x]);
+  const opmath_type<Stored> scale = std::exp(log_scale[blockIdx.x]);
   const int64_t first = blockIdx.x * filter_numel;
   double inner[] = {0};
   for (int64_t i = int64_t(threadIdx.x) * size; i < filter_numel; i += kFilterThreads * size) {
     const Pack<Stored, size> dw = load_pack<size>(grad + first + i);
     const Pack<Stored, size> v = load_pack<size>(direction + first + i);
     store_pack(grad_direction + first + i, scaled(scale, dw));
-    Real<Stored> sum = 0;
+    opmath_type<Stored> sum = 0;
 #pragma unroll
-    for (int j = 0; j < size; ++j) sum += to_real(dw.values[j]) * to_real(v.values[j]);
+    for (int j = 0; j < size; ++j) sum += to_opmath(dw.values[j]) * to_opmath(v.values[j]);
     inner[0] += sum;
   }
-  Team(kFilterThreads).sum(inner, partial);
-  if (threadIdx.x == 0) grad_log_scale[blockIdx.x] = Real<Stored>(scale * inner[0]);
+  ThreadGroup(kFilterThreads).sum(inner, partial);
+  if (threadIdx.x == 0) grad_log_scale[blockIdx.x] = opmath_type<Stored>(scale * inner[0]);
 }
 
 // Calls launch(size) with the widest packs in which every filter can be moved.

@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "step_launch.h"
-#include "tensors.h"
+#include "launch_utils.h"
 
 namespace czm {
 namespace {
@@ -15,7 +15,7 @@ namespace {
 void launch_step_cuda(Tensor table, Tensor work_items, Tensor grads, Tensor groups,
                       Tensor group_addresses, int64_t dtype, std::optional<Tensor> grad_scale,
                       std::optional<Tensor> found_inf) {
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) * sizeof(int64_t) == sizeof(TensorRow),
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) * sizeof(int64_t) == sizeof(TensorDescriptor),
                   "czm_fused: the step table has ", table.size(1), " columns");
   STD_TORCH_CHECK(work_items.dim() == 2 && work_items.size(1) * sizeof(int64_t) == sizeof(WorkItem),
                   "czm_fused: the work items have ", work_items.size(1), " columns");
@@ -24,7 +24,7 @@ void launch_step_cuda(Tensor table, Tensor work_items, Tensor grads, Tensor grou
   STD_TORCH_CHECK(grads.numel() == table.size(0), "czm_fused: ", grads.numel(),
                   " gradients for ", table.size(0), " tensors");
   const StepLaunch step{
-      reinterpret_cast<const TensorRow*>(table.const_data_ptr<int64_t>()),
+      reinterpret_cast<const TensorDescriptor*>(table.const_data_ptr<int64_t>()),
       reinterpret_cast<const WorkItem*>(work_items.const_data_ptr<int64_t>()),
       work_items.size(0),
       grads.const_data_ptr<int64_t>(),

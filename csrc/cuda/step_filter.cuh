@@ -1,28 +1,28 @@
-// The update of one filter by a team of threads.
+// The update of one filter by a thread group.
 //
-// A filter that its team can hold in registers is read once: W, dW and the momentum are all under
-// way before the first sum. A larger one is streamed, and read again for its update.
+// A filter that its thread group can hold in registers is read once: W, dW and the momentum are all under
+// way before the first sum. A larger one is read in tiles, and again for its update.
 #pragma once
 
-#include "../remainder.h"
+#include "../param_remainder.h"
 #include "../update_rule.h"
 #include "channel_sums.cuh"
-#include "numbers.cuh"
-#include "team.cuh"
+#include "packed_types.cuh"
+#include "thread_group.cuh"
 
 namespace czm {
 
 // How many packs of W, of dW and of the momentum a thread holds: what registers allow, since half
 // types are computed in float.
 template <class Stored> constexpr int kPacks = sizeof(Stored) == 2 ? 3 : 5;
-template <class Stored> constexpr int kHeld = kPacks<Stored> * kWidest<Stored>;
+template <class Stored> constexpr int kRegisterWeights = kPacks<Stored> * kWidest<Stored>;
 
 template <class Stored> struct Filter {
   Stored* weight;
   const Stored* grad;
   Stored* momentum;    // null without momentum
   int16_t* remainder;  // null if `weight` is all there is of the weights
-  int64_t numel;     // 0 for a team without a filter
+  int64_t numel;     // 0 for a thread group without a filter
   int64_t distance;  // from one filter of the tensor to the next
   int64_t taps;      // 1 if CZMG has nothing to do
   bool channels_last;
@@ -34,18 +34,18 @@ __device__ __forceinline__ bool is_aligned(const Filter<Stored>& filter) {
 }
 
 template <class Stored, int size>
-__device__ __forceinline__ Pack<Real<Stored>, size> to_reals(const Pack<Stored, size>& pack) {
-  Pack<Real<Stored>, size> result;
+__device__ __forceinline__ Pack<opmath_type<Stored>, size> to_opmath(const Pack<Stored, size>& pack) {
+  Pack<opmath_type<Stored>, size> result;
 #pragma unroll
-  for (int j = 0; j < size; ++j) result.values[j] = to_real(pack.values[j]);
+  for (int j = 0; j < size; ++j) result.values[j] = to_opmath(pack.values[j]);
   return result;
 }
 
 template <class Stored, int size>
-__device__ __forceinline__ Pack<Stored, size> from_reals(const Pack<Real<Stored>, size>& pack) {
+__device__ __forceinline__ Pack<Stored, size> from_opmath(const Pack<opmath_type<Stored>, size>& pack) {
   Pack<Stored, size> result;
 #pragma unroll
-  for (int j = 0; j < size; ++j) result.values[j] = from_real<Stored>(pack.values[j]);
+  for (int j = 0; j < size; ++j) result.values[j] = from_opmath<Stored>(pack.values[j]);
   return result;
 }
 
@@ -64,20 +64,20 @@ __device__ __forceinline__ Pack<int16_t, size> remainders_of(const Pack<float, s
   Pack<int16_t, size> result;
 #pragma unroll
   for (int j = 0; j < size; ++j) {
-    result.values[j] = remainder_of(weight.values[j], to_real(param.values[j]));
+    result.values[j] = remainder_of(weight.values[j], to_opmath(param.values[j]));
   }
   return result;
 }
 
 template <class Stored, int size>
-__device__ __forceinline__ Pack<Real<Stored>, size> direction_grads(
-    const FilterRule<Real<Stored>>& rule, const Pack<Stored, size>& grad,
-    const Pack<Real<Stored>, size>& weight) {
-  Pack<Real<Stored>, size> result;
+__device__ __forceinline__ Pack<opmath_type<Stored>, size> direction_grads(
+    const FilterRule<opmath_type<Stored>>& rule, const Pack<Stored, size>& grad,
+    const Pack<opmath_type<Stored>, size>& weight) {
+  Pack<opmath_type<Stored>, size> result;
 #pragma unroll
   for (int j = 0; j < size; ++j) {
     result.values[j] =
-        direction_grad<Real<Stored>>(rule, to_real(grad.values[j]), weight.values[j]);
+        direction_grad<opmath_type<Stored>>(rule, to_opmath(grad.values[j]), weight.values[j]);
   }
   return result;
 }
@@ -95,43 +95,43 @@ __device__ __forceinline__ void store_shared(T* to, const Pack<T, size>& pack) {
 }
 
 template <class Stored, int size>
-__device__ __forceinline__ void add_products(Real<Stored> (&sums)[2],
-                                             const Pack<Real<Stored>, size>& weight,
+__device__ __forceinline__ void add_products(opmath_type<Stored> (&sums)[2],
+                                             const Pack<opmath_type<Stored>, size>& weight,
                                              const Pack<Stored, size>& grad) {
 #pragma unroll
   for (int j = 0; j < size; ++j) {
-    const Real<Stored> w = weight.values[j];
+    const opmath_type<Stored> w = weight.values[j];
     sums[0] = multiply_add(w, w, sums[0]);
-    sums[1] = multiply_add(Real<Stored>(to_real(grad.values[j])), w, sums[1]);
+    sums[1] = multiply_add(opmath_type<Stored>(to_opmath(grad.values[j])), w, sums[1]);
   }
 }
 
 // `removed(j)` is what CZMG takes from the gradient of weight j of the pack.
 template <class Stored, int size, class Removed>
-__device__ __forceinline__ void update_pack(const FilterRule<Real<Stored>>& rule,
-                                            Pack<Real<Stored>, size>& weight,
+__device__ __forceinline__ void update_pack(const FilterRule<opmath_type<Stored>>& rule,
+                                            Pack<opmath_type<Stored>, size>& weight,
                                             const Pack<Stored, size>& grad,
                                             Pack<Stored, size>& momentum, const Removed& removed) {
-  const Pack<Real<Stored>, size> dv = direction_grads(rule, grad, weight);
+  const Pack<opmath_type<Stored>, size> dv = direction_grads(rule, grad, weight);
 #pragma unroll
   for (int j = 0; j < size; ++j) {
-    Real<Stored> m = to_real(momentum.values[j]);
-    update_weight<Real<Stored>>(rule, dv.values[j], removed(j), weight.values[j], m);
-    momentum.values[j] = from_real<Stored>(m);
+    opmath_type<Stored> m = to_opmath(momentum.values[j]);
+    update_weight<opmath_type<Stored>>(rule, dv.values[j], removed(j), weight.values[j], m);
+    momentum.values[j] = from_opmath<Stored>(m);
   }
 }
 
-// A filter in the registers of its team.
-template <class Stored> class HeldFilter {
+// A filter in the registers of its thread group.
+template <class Stored> class RegisterFilter {
  public:
-  using T = Real<Stored>;
+  using T = opmath_type<Stored>;
 
-  // `shared` is the team's, a number for each weight it can hold.
-  __device__ __forceinline__ HeldFilter(const Filter<Stored>& filter, T* shared, const Team& team)
+  // `shared` is the thread group's, a number for each weight it can hold.
+  __device__ __forceinline__ RegisterFilter(const Filter<Stored>& filter, T* shared, const ThreadGroup& threads)
       : filter_(filter),
         shared_(shared),
-        team_(team),
-        // A team without a filter decides as its neighbours do: they meet at the same barriers.
+        threads_(threads),
+        // Idle groups take the same branch as busy ones, because both branches have a barrier.
         is_direct_(filter.numel % kSize == 0 && filter.distance % kSize == 0 &&
                    is_aligned(filter)) {
     load_weight();
@@ -149,15 +149,15 @@ template <class Stored> class HeldFilter {
       update_removing(rule, [](int) { return T(0); });
     } else {
       const int taps = int(filter_.taps);
-      const Tile tile(int(filter_.numel) / taps, taps, filter_.channels_last);
+      const ChannelTile tile(int(filter_.numel) / taps, taps, filter_.channels_last);
 #pragma unroll
       for (int k = 0; k < kPacks<Stored>; ++k) {
-        // Zeros beyond the filter, but within the team's share.
+        // Zeros beyond the filter, but within the thread group's share.
         if (first(k) < filter_.numel) {
           store_shared(shared_ + first(k), direction_grads(rule, grad_[k], weight_[k]));
         }
       }
-      tile.sum_over_taps(shared_, team_);
+      tile.sum_over_taps(shared_, threads_);
       update_removing(rule, [&](int i) { return rule.mean * shared_[tile.place_of_sum(i)]; });
     }
     store_weight();
@@ -169,7 +169,7 @@ template <class Stored> class HeldFilter {
   template <class Element> using Packs = Pack<Element, kSize>[kPacks<Stored>];
 
   __device__ __forceinline__ int first(int k) const {
-    return (k * team_.size + team_.rank) * kSize;
+    return (k * threads_.size + threads_.rank) * kSize;
   }
 
   template <class Removed>
@@ -188,7 +188,7 @@ template <class Stored> class HeldFilter {
     Packs<Stored> param;
     load(param, filter_.weight);
 #pragma unroll
-    for (int k = 0; k < kPacks<Stored>; ++k) weight_[k] = to_reals(param[k]);
+    for (int k = 0; k < kPacks<Stored>; ++k) weight_[k] = to_opmath(param[k]);
     if constexpr (sizeof(Stored) == 2) {
       if (!filter_.remainder) return;
       Packs<int16_t> remainder;
@@ -201,7 +201,7 @@ template <class Stored> class HeldFilter {
   __device__ __forceinline__ void store_weight() const {
     Packs<Stored> param;
 #pragma unroll
-    for (int k = 0; k < kPacks<Stored>; ++k) param[k] = from_reals<Stored>(weight_[k]);
+    for (int k = 0; k < kPacks<Stored>; ++k) param[k] = from_opmath<Stored>(weight_[k]);
     store(filter_.weight, param);
     if constexpr (sizeof(Stored) == 2) {
       if (!filter_.remainder) return;
@@ -223,13 +223,13 @@ template <class Stored> class HeldFilter {
       return;
     }
     Element* const staged = reinterpret_cast<Element*>(shared_);
-    for (int i = team_.rank; i < team_.size * kHeld<Stored>; i += team_.size) {
+    for (int i = threads_.rank; i < threads_.size * kRegisterWeights<Stored>; i += threads_.size) {
       staged[i] = i < filter_.numel ? *in_global(from + i) : Element{};
     }
-    team_.sync();
+    threads_.sync();
 #pragma unroll
     for (int k = 0; k < kPacks<Stored>; ++k) packs[k] = load_pack<kSize>(staged + first(k));
-    team_.sync();
+    threads_.sync();
   }
 
   template <class Element>
@@ -242,34 +242,34 @@ template <class Stored> class HeldFilter {
       return;
     }
     Element* const staged = reinterpret_cast<Element*>(shared_);
-    team_.sync();
+    threads_.sync();
 #pragma unroll
     for (int k = 0; k < kPacks<Stored>; ++k) store_pack(staged + first(k), packs[k]);
-    team_.sync();
-    for (int i = team_.rank; i < filter_.numel; i += team_.size) *in_global(to + i) = staged[i];
+    threads_.sync();
+    for (int i = threads_.rank; i < filter_.numel; i += threads_.size) *in_global(to + i) = staged[i];
   }
 
   const Filter<Stored>& filter_;
   T* const shared_;
-  const Team& team_;
+  const ThreadGroup& threads_;
   const bool is_direct_;
   Packs<T> weight_;
   Packs<Stored> grad_, momentum_;
 };
 
-// A filter too large for the registers of its team, in packs of `size` weights.
-template <class Stored, int size> class StreamedFilter {
+// A filter too large for the registers of its thread group, in packs of `size` weights.
+template <class Stored, int size> class TiledFilter {
  public:
-  using T = Real<Stored>;
+  using T = opmath_type<Stored>;
 
-  __device__ __forceinline__ StreamedFilter(const Filter<Stored>& filter, T* shared,
-                                            const Team& team)
-      : filter_(filter), shared_(shared), team_(team) {}
+  __device__ __forceinline__ TiledFilter(const Filter<Stored>& filter, T* shared,
+                                            const ThreadGroup& threads)
+      : filter_(filter), shared_(shared), threads_(threads) {}
 
   __device__ __forceinline__ void add_products_to(T (&sums)[2]) const {
     double totals[2] = {};
 #pragma unroll 4
-    for (int64_t i = team_.rank * size; i < filter_.numel; i += team_.size * size) {
+    for (int64_t i = threads_.rank * size; i < filter_.numel; i += threads_.size * size) {
       T products[2] = {};
       add_products(products, load_weight(i), load_global<size>(filter_.grad + i));
       totals[0] += products[0];
@@ -282,7 +282,7 @@ template <class Stored, int size> class StreamedFilter {
   // Removes the same from the gradient of every weight [begin, begin + count) * stride.
   __device__ __forceinline__ void update_range(const FilterRule<T>& rule, int64_t begin,
                                                int64_t count, int64_t stride, T removed) const {
-    for (int64_t i = team_.rank * size; i < count; i += team_.size * size) {
+    for (int64_t i = threads_.rank * size; i < count; i += threads_.size * size) {
       update_at(rule, begin + i * stride, [&](int) { return removed; });
     }
   }
@@ -290,19 +290,19 @@ template <class Stored, int size> class StreamedFilter {
   // The channels [channel, channel + count) of `channels`, with all their taps.
   __device__ __forceinline__ void update_channels(const FilterRule<T>& rule, int64_t channel,
                                                   int64_t channels, int count) const {
-    const Tile tile(count, int(filter_.taps), filter_.channels_last);
+    const ChannelTile tile(count, int(filter_.taps), filter_.channels_last);
     const auto place = [&](int i) {
       if (!tile.channels_last) return channel * tile.taps + i;
       const int tap = tile.divider.quotient(i);
       return tap * channels + channel + (i - tap * tile.channels);
     };
-    for (int i = team_.rank * size; i < tile.weights(); i += team_.size * size) {
+    for (int i = threads_.rank * size; i < tile.weights(); i += threads_.size * size) {
       const int64_t at = place(i);
       store_shared(shared_ + i, direction_grads(rule, load_global<size>(filter_.grad + at),
                                                 load_weight(at)));
     }
-    tile.sum_over_taps(shared_, team_);
-    for (int i = team_.rank * size; i < tile.weights(); i += team_.size * size) {
+    tile.sum_over_taps(shared_, threads_);
+    for (int i = threads_.rank * size; i < tile.weights(); i += threads_.size * size) {
       update_at(rule, place(i), [&](int j) { return rule.mean * shared_[tile.place_of_sum(i + j)]; });
     }
   }
@@ -314,20 +314,20 @@ template <class Stored, int size> class StreamedFilter {
     const int64_t stride = filter_.channels_last ? channels : 1;
     const int64_t begin = filter_.channels_last ? channel : channel * filter_.taps;
     double total = 0;
-    for (int64_t tap = team_.rank; tap < filter_.taps; tap += team_.size) {
+    for (int64_t tap = threads_.rank; tap < filter_.taps; tap += threads_.size) {
       const int64_t i = begin + tap * stride;
       total += direction_grads(rule, load_global<1>(filter_.grad + i), load_weight(i)).values[0];
     }
     T sum[1] = {T(total)};
     // Until here, threads may be reading the sums before this one.
-    team_.sync();
-    team_.sum(sum, partial);
+    threads_.sync();
+    threads_.sum(sum, partial);
     update_range(rule, begin, filter_.taps, stride, rule.mean * sum[0]);
   }
 
  private:
   __device__ __forceinline__ Pack<T, size> load_weight(int64_t i) const {
-    Pack<T, size> weight = to_reals(load_global<size>(filter_.weight + i));
+    Pack<T, size> weight = to_opmath(load_global<size>(filter_.weight + i));
     if constexpr (sizeof(Stored) == 2) {
       if (filter_.remainder) add_remainders(weight, load_global<size>(filter_.remainder + i));
     }
@@ -335,7 +335,7 @@ template <class Stored, int size> class StreamedFilter {
   }
 
   __device__ __forceinline__ void store_weight(int64_t i, const Pack<T, size>& weight) const {
-    const Pack<Stored, size> param = from_reals<Stored>(weight);
+    const Pack<Stored, size> param = from_opmath<Stored>(weight);
     store_global(filter_.weight + i, param);
     if constexpr (sizeof(Stored) == 2) {
       if (filter_.remainder) store_global(filter_.remainder + i, remainders_of(weight, param));
@@ -356,7 +356,7 @@ template <class Stored, int size> class StreamedFilter {
 
   const Filter<Stored>& filter_;
   T* const shared_;
-  const Team& team_;
+  const ThreadGroup& threads_;
 };
 
 }  // namespace czm

@@ -1,14 +1,14 @@
 // The fused step on a CUDA device: one launch for all tensors of a plan.
 //
-// A block does one work item: some filters of one tensor, each by a team of its threads. A filter
-// that fits the registers of its team is read once: W, dW and the momentum are all under way before
+// A block does one work item: some filters of one tensor, each by a thread group. A filter
+// that fits the registers of its thread group is read once: W, dW and the momentum are all under way before
 // the first sum. A larger one is read again, tile by tile. Sums over taps go through shared memory.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 
-#include "../step_table.h"
+#include "../descriptors.h"
 #include "step_filter.cuh"
 
 // The tests run the kernel with smaller blocks.
@@ -24,15 +24,15 @@ constexpr int kBlockThreads = CZM_BLOCK_THREADS;
 struct WorkItem {
   int64_t row;
   int64_t first_filter;
-  int64_t filters;  // one for each team, and no more than there are teams
-  int64_t team_size;
+  int64_t filters;  // one for each thread group, and no more than there are thread groups
+  int64_t thread_group_size;
 };
 
 // What travels with a launch. `words` holds, one after the other: for every group the bits of its
 // GroupRow, for every group the addresses that stand for its numbers, and for every tensor the
 // address of its gradient.
 template <int words_> struct StepArguments {
-  const TensorRow* rows;
+  const TensorDescriptor* rows;
   const WorkItem* items;
   const float* grad_scale;  // null for 1
   const float* found_inf;   // null for 0
@@ -74,7 +74,7 @@ __device__ __forceinline__ GroupRow group_row(const StepArguments<words>& argume
 }
 
 template <class T>
-__device__ __forceinline__ HyperParameters<T> read_hyperparameters(const TensorRow& row,
+__device__ __forceinline__ HyperParameters<T> read_hyperparameters(const TensorDescriptor& row,
                                                                    const GroupRow& group,
                                                                    const float* grad_scale) {
   const bool is_first = row.step && *global_address<const float>(row.step) == 0;
@@ -85,10 +85,10 @@ __device__ __forceinline__ HyperParameters<T> read_hyperparameters(const TensorR
 // Puts the filter's own log-scale and the sums over all threads into its rule, and advances g.
 template <class Stored> class RuleMaker {
  public:
-  using T = Real<Stored>;
+  using T = opmath_type<Stored>;
 
   // Reads g early; the barrier of the sums lies between this and its change.
-  __device__ __forceinline__ RuleMaker(const TensorRow& row, int64_t number, bool has_filter)
+  __device__ __forceinline__ RuleMaker(const TensorDescriptor& row, int64_t number, bool has_filter)
       : row_(row),
         log_scale_(global_address<T>(row.log_scale) + number),
         log_scale_momentum_(global_address<T>(row.log_scale_momentum_buffer) + number),
@@ -97,15 +97,15 @@ template <class Stored> class RuleMaker {
     if (is_scaled_ && row.log_scale_momentum_buffer) g_momentum_ = *log_scale_momentum_;
   }
 
-  // `sums` are the team's <W, W> and <dW, W>.
+  // `sums` are the thread group's <W, W> and <dW, W>.
   __device__ __forceinline__ FilterRule<T> operator()(const HyperParameters<T>& hyper,
-                                                      const T (&sums)[2], const Team& team) {
+                                                      const T (&sums)[2], const ThreadGroup& threads) {
     if (!row_.log_scale) {
       return filter_rule<T>(hyper, sums[0], sums[1], row_.taps, nullptr, nullptr);
     }
     const FilterRule<T> rule =
         filter_rule(hyper, sums[0], sums[1], row_.taps, &g_, &g_momentum_);
-    if (is_scaled_ && team.rank == 0) {
+    if (is_scaled_ && threads.rank == 0) {
       *log_scale_ = g_;
       if (row_.log_scale_momentum_buffer) *log_scale_momentum_ = g_momentum_;
     }
@@ -113,7 +113,7 @@ template <class Stored> class RuleMaker {
   }
 
  private:
-  const TensorRow& row_;
+  const TensorDescriptor& row_;
   T* const log_scale_;
   T* const log_scale_momentum_;
   const bool is_scaled_;
@@ -122,71 +122,71 @@ template <class Stored> class RuleMaker {
 };
 
 template <class Stored>
-__device__ __forceinline__ void update_held(const Filter<Stored>& filter, const TensorRow& row,
-                                            const HyperParameters<Real<Stored>>& hyper,
-                                            RuleMaker<Stored>& make_rule, const Team& team,
-                                            Real<Stored>* shared, Real<Stored>* partial) {
-  HeldFilter<Stored> held(filter, shared, team);
-  Real<Stored> sums[2] = {};
+__device__ __forceinline__ void update_in_registers(const Filter<Stored>& filter, const TensorDescriptor& row,
+                                            const HyperParameters<opmath_type<Stored>>& hyper,
+                                            RuleMaker<Stored>& make_rule, const ThreadGroup& threads,
+                                            opmath_type<Stored>* shared, opmath_type<Stored>* partial) {
+  RegisterFilter<Stored> in_registers(filter, shared, threads);
+  opmath_type<Stored> sums[2] = {};
   if (row.needs_norms) {
-    held.add_products_to(sums);
-    team.sum(sums, partial);
+    in_registers.add_products_to(sums);
+    threads.sum(sums, partial);
   }
-  held.update(make_rule(hyper, sums, team));
+  in_registers.update(make_rule(hyper, sums, threads));
 }
 
-// Whether a streamed filter, and all its tiles, can be moved in the widest packs.
+// Whether a tiled filter, and all its tiles, can be moved in the widest packs.
 template <class Stored>
-__device__ __forceinline__ bool is_in_packs(const Filter<Stored>& filter, const Team& team) {
+__device__ __forceinline__ bool is_in_packs(const Filter<Stored>& filter, const ThreadGroup& threads) {
   constexpr int size = kWidest<Stored>;
   return is_aligned(filter) && filter.numel % size == 0 &&
-         (filter.taps == 1 || (filter.taps <= team.size * kHeld<Stored> / size &&
+         (filter.taps == 1 || (filter.taps <= threads.size * kRegisterWeights<Stored> / size &&
                                filter.numel / filter.taps % size == 0));
 }
 
 template <int size, class Stored>
-__device__ __forceinline__ void update_streamed(const Filter<Stored>& filter, const TensorRow& row,
-                                                const HyperParameters<Real<Stored>>& hyper,
-                                                RuleMaker<Stored>& make_rule, const Team& team,
-                                                Real<Stored>* shared, Real<Stored>* partial) {
-  const StreamedFilter<Stored, size> streamed(filter, shared, team);
-  Real<Stored> sums[2] = {};
+__device__ __forceinline__ void update_in_tiles(const Filter<Stored>& filter, const TensorDescriptor& row,
+                                                const HyperParameters<opmath_type<Stored>>& hyper,
+                                                RuleMaker<Stored>& make_rule, const ThreadGroup& threads,
+                                                opmath_type<Stored>* shared, opmath_type<Stored>* partial) {
+  const TiledFilter<Stored, size> tiled(filter, shared, threads);
+  opmath_type<Stored> sums[2] = {};
   if (row.needs_norms) {
-    streamed.add_products_to(sums);
-    team.sum(sums, partial);
+    tiled.add_products_to(sums);
+    threads.sum(sums, partial);
   }
-  const FilterRule<Real<Stored>> rule = make_rule(hyper, sums, team);
+  const FilterRule<opmath_type<Stored>> rule = make_rule(hyper, sums, threads);
   if (filter.taps == 1) {
-    streamed.update_range(rule, 0, filter.numel, 1, 0);
+    tiled.update_range(rule, 0, filter.numel, 1, 0);
     return;
   }
   const int64_t channels = filter.numel / filter.taps;
   if constexpr (size == 1) {
-    if (filter.taps > team.size * kHeld<Stored>) {
+    if (filter.taps > threads.size * kRegisterWeights<Stored>) {
       for (int64_t channel = 0; channel < channels; ++channel) {
-        streamed.update_channel(rule, channel, channels, partial);
+        tiled.update_channel(rule, channel, channels, partial);
       }
       return;
     }
   }
   // Tiles of whole packs.
-  const int channels_a_tile = team.size * kHeld<Stored> / int(filter.taps) / size * size;
+  const int channels_a_tile = threads.size * kRegisterWeights<Stored> / int(filter.taps) / size * size;
   for (int64_t channel = 0; channel < channels; channel += channels_a_tile) {
-    if (channel > 0) team.sync();
+    if (channel > 0) threads.sync();
     const int64_t left = channels - channel;
-    streamed.update_channels(rule, channel, channels,
+    tiled.update_channels(rule, channel, channels,
                              left < channels_a_tile ? int(left) : channels_a_tile);
   }
 }
 
 template <class Stored>
-__device__ __forceinline__ void run(const WorkItem& item, const TensorRow& row, int64_t grad,
+__device__ __forceinline__ void run(const WorkItem& item, const TensorDescriptor& row, int64_t grad,
                                     const GroupRow& group, const float* grad_scale,
-                                    Real<Stored>* shared) {
-  using T = Real<Stored>;
-  const Team team{int(item.team_size)};
-  const bool has_filter = team.number() < item.filters;
-  const int64_t number = item.first_filter + (has_filter ? team.number() : 0);
+                                    opmath_type<Stored>* shared) {
+  using T = opmath_type<Stored>;
+  const ThreadGroup threads{int(item.thread_group_size)};
+  const bool has_filter = threads.number() < item.filters;
+  const int64_t number = item.first_filter + (has_filter ? threads.number() : 0);
   const int64_t first = number * row.filter_numel;
   const int64_t left = row.numel - first;
   const Filter<Stored> filter{
@@ -200,22 +200,22 @@ __device__ __forceinline__ void run(const WorkItem& item, const TensorRow& row, 
       row.channels_last != 0};
   const HyperParameters<T> hyper = read_hyperparameters<T>(row, group, grad_scale);
   RuleMaker<Stored> make_rule(row, number, has_filter);
-  T* const team_shared = shared + team.number() * team.size * kHeld<Stored>;
-  T* const partial = shared + kBlockThreads * kHeld<Stored>;
-  if (row.filter_numel <= team.size * kHeld<Stored>) {
-    update_held(filter, row, hyper, make_rule, team, team_shared, partial);
-  } else if (is_in_packs(filter, team)) {
-    update_streamed<kWidest<Stored>>(filter, row, hyper, make_rule, team, team_shared, partial);
+  T* const threads_shared = shared + threads.number() * threads.size * kRegisterWeights<Stored>;
+  T* const partial = shared + kBlockThreads * kRegisterWeights<Stored>;
+  if (row.filter_numel <= threads.size * kRegisterWeights<Stored>) {
+    update_in_registers(filter, row, hyper, make_rule, threads, threads_shared, partial);
+  } else if (is_in_packs(filter, threads)) {
+    update_in_tiles<kWidest<Stored>>(filter, row, hyper, make_rule, threads, threads_shared, partial);
   } else {
-    update_streamed<1>(filter, row, hyper, make_rule, team, team_shared, partial);
+    update_in_tiles<1>(filter, row, hyper, make_rule, threads, threads_shared, partial);
   }
 }
 
 // A number for each weight that a block holds, and two for each warp.
 template <class... Stored>
 constexpr int kSharedBytes =
-    std::max({(kBlockThreads * kHeld<Stored> + 2 * kBlockThreads / kWarp) *
-              int(sizeof(Real<Stored>))...});
+    std::max({(kBlockThreads * kRegisterWeights<Stored> + 2 * kBlockThreads / kWarp) *
+              int(sizeof(opmath_type<Stored>))...});
 
 // One block a work item. Stored is the dtype of every tensor, or each dtype that occurs.
 template <int words, class... Stored>
@@ -224,13 +224,13 @@ step_kernel(const __grid_constant__ StepArguments<words> arguments) {
   alignas(kWidestPackBytes) __shared__ unsigned char shared[kSharedBytes<Stored...>];
   if (arguments.found_inf && *arguments.found_inf != 0) return;
   const WorkItem item = arguments.items[blockIdx.x];
-  const TensorRow& row = arguments.rows[item.row];
+  const TensorDescriptor& row = arguments.rows[item.row];
   const GroupRow group = group_row(arguments, row.group);
   const int64_t grad = arguments.words[2 * kGroupWords * arguments.groups + item.row];
   if (!grad) return;
   ((sizeof...(Stored) == 1 || row.dtype == DTypeOf<Stored>::value
         ? run<Stored>(item, row, grad, group, arguments.grad_scale,
-                      reinterpret_cast<Real<Stored>*>(shared))
+                      reinterpret_cast<opmath_type<Stored>*>(shared))
         : void()),
    ...);
 }

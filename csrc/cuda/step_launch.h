@@ -9,7 +9,7 @@ namespace czm {
 
 // What czm_fused::launch_step_cuda is given.
 struct StepLaunch {
-  const TensorRow* rows;
+  const TensorDescriptor* rows;
   const WorkItem* items;
   int64_t item_count;
   const int64_t* grads;

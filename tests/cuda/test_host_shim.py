@@ -16,7 +16,7 @@ from cases import (
     run,
     step_arguments,
 )
-from czm_fused.ops.cuda import _MOST_WORDS
+from czm_fused.ops.step.cuda import _MOST_WORDS
 from czm_fused.ops.table import DTYPES as DTYPE_NUMBERS
 from czm_fused.ops.table import DeviceScalar, HyperParameters
 from host_kernels import BLOCK_THREADS, HostStep, load
@@ -60,8 +60,21 @@ def test_step(case, cuda_step):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     ("channels", "taps"),
-    [(71, 9), (72, 9), (142, 9), (143, 9), (192, 9), (427, 3), (1300, 2), (50, 49), (8, 640),
-     (3, 1280), (2, 1281), (2, 1536), (1, 2000)],
+    [
+        (71, 9),
+        (72, 9),
+        (142, 9),
+        (143, 9),
+        (192, 9),
+        (427, 3),
+        (1300, 2),
+        (50, 49),
+        (8, 640),
+        (3, 1280),
+        (2, 1281),
+        (2, 1536),
+        (1, 2000),
+    ],
 )
 def test_step_of_filters_around_what_a_team_holds(channels, taps, layout, dtype, cuda_step):
     problem = Problem(Case((3, channels, taps), dtype, layout))
@@ -91,8 +104,10 @@ def test_step_of_many_tensors_is_split_into_few_launches(
     tensors, a_group_each, launches, cuda_step
 ):
     options = [Options(lr=0.1 * (n % 7), momentum=0.5) for n in range(tensors)]
-    problems = [Problem(Case((2, 3, 3), options=options[n if a_group_each else 1]), seed=n % 5)
-                for n in range(tensors)]
+    problems = [
+        Problem(Case((2, 3, 3), options=options[n if a_group_each else 1]), seed=n % 5)
+        for n in range(tensors)
+    ]
     arguments = list(step_arguments(problems, "reference"))
     if not a_group_each:
         arguments[8] = [0, 2] * (tensors // 2)
@@ -105,8 +120,10 @@ def test_step_of_many_tensors_is_split_into_few_launches(
 
 
 def test_hyper_parameters_are_read_where_they_live(cuda_step):
-    problems = [Problem(Case((5, 17, 3, 3), dtype, options=Options(nesterov=True, luma=0.1)))
-                for dtype in DTYPES]
+    problems = [
+        Problem(Case((5, 17, 3, 3), dtype, options=Options(nesterov=True, luma=0.1)))
+        for dtype in DTYPES
+    ]
     arguments = step_arguments(problems, "reference")
     row = [torch.tensor(value, dtype=torch.float32) for value in arguments[9][0].tolist()]
     entries = entries_from_lists(arguments[0], *arguments[2:8], [0] * len(problems))
@@ -151,8 +168,11 @@ def test_what_is_not_finite_stays_in_its_filter(shape, value, cuda_step):
 
 
 def test_step_gives_the_same_bits_again(cuda_step):
-    cases = [Case(shape, dtype) for shape in ((40, 33, 3, 3), (3, 5001), (2, 2000, 5)) for dtype in
-             DTYPES]
+    cases = [
+        Case(shape, dtype)
+        for shape in ((40, 33, 3, 3), (3, 5001), (2, 2000, 5))
+        for dtype in DTYPES
+    ]
 
     def outputs():
         problems = [Problem(case, seed=seed) for seed, case in enumerate(cases)]
@@ -178,11 +198,16 @@ def tolerance(dtype, expected, roundings=8):
 @pytest.mark.parametrize("with_noise", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize(("shape", "layout"), [
-    ((2, 3, 5, 7), torch.contiguous_format), ((2, 3, 5, 7), torch.channels_last),
-    ((3, 8, 16, 16), torch.contiguous_format), ((3, 8, 16, 16), torch.channels_last),
-    ((4, 5), torch.contiguous_format),
-])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((2, 3, 5, 7), torch.contiguous_format),
+        ((2, 3, 5, 7), torch.channels_last),
+        ((3, 8, 16, 16), torch.contiguous_format),
+        ((3, 8, 16, 16), torch.channels_last),
+        ((4, 5), torch.contiguous_format),
+    ],
+)
 def test_add_relu_noise(shape, layout, offset, with_residual, with_noise, is_wide, dtype, kernels):
     generator = torch.Generator().manual_seed(0)
 
@@ -201,24 +226,34 @@ def test_add_relu_noise(shape, layout, offset, with_residual, with_noise, is_wid
     area = math.prod(shape[2:])
     geometry = (x.numel(), shape[1], area, area == 1 or not x.is_contiguous(), is_wide)
     kernels.add_relu_noise(
-        DTYPE_NUMBERS[dtype], address(output), address(x), address(residual), address(noise),
+        DTYPE_NUMBERS[dtype],
+        address(output),
+        address(x),
+        address(residual),
+        address(noise),
         *geometry,
     )
-    expected = add_relu_noise.reference(
-        x.double(), residual if residual is None else residual.double(),
+    expected = add_relu_noise.reference.add_relu_noise(
+        x.double(),
+        residual if residual is None else residual.double(),
         noise if noise is None else noise.double(),
     )
-    size = add_relu_noise.reference(
-        x.double().abs(), residual if residual is None else residual.double().abs(),
+    size = add_relu_noise.reference.add_relu_noise(
+        x.double().abs(),
+        residual if residual is None else residual.double().abs(),
         noise if noise is None else noise.double(),
     )
     assert ((output.double() - expected).abs() <= tolerance(dtype, size)).all()
 
     kernels.add_relu_noise_backward(
-        DTYPE_NUMBERS[dtype], address(grad_input), address(grad), address(output), address(noise),
+        DTYPE_NUMBERS[dtype],
+        address(grad_input),
+        address(grad),
+        address(output),
+        address(noise),
         *geometry,
     )
-    expected = add_relu_noise.reference_backward(
+    expected = add_relu_noise.reference.add_relu_noise_backward(
         grad.double(), output.double(), noise if noise is None else noise.double()
     )
     assert ((grad_input.double() - expected).abs() <= tolerance(dtype, expected)).all()
@@ -229,8 +264,9 @@ def test_add_relu_noise(shape, layout, offset, with_residual, with_noise, is_wid
 def test_exp_scale(shape, dtype, kernels):
     generator = torch.Generator().manual_seed(0)
     real = torch.promote_types(dtype, torch.float32)
-    v, dw = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in
-             range(2))
+    v, dw = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)
+    )
     g = torch.randn(shape[0], generator=generator, dtype=torch.float64).to(real)
     weight, dv, dg = torch.empty_like(v), torch.empty_like(v), torch.empty_like(g)
     sizes = (shape[0], v[0].numel())
@@ -238,8 +274,10 @@ def test_exp_scale(shape, dtype, kernels):
     kernels.exp_scale_backward(
         DTYPE_NUMBERS[dtype], address(dv), address(dg), address(dw), address(v), address(g), *sizes
     )
-    expected = exp_scale.reference(v.double(), g.double())
-    expected_dv, expected_dg = exp_scale.reference_backward(dw.double(), v.double(), g.double())
+    expected = exp_scale.reference.exp_scale(v.double(), g.double())
+    expected_dv, expected_dg = exp_scale.reference.exp_scale_backward(
+        dw.double(), v.double(), g.double()
+    )
     assert ((weight.double() - expected).abs() <= tolerance(dtype, expected)).all()
     assert ((dv.double() - expected_dv).abs() <= tolerance(dtype, expected_dv)).all()
     terms = g.double().exp() * (dw.double() * v.double()).abs().flatten(1).sum(1)

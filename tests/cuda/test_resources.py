@@ -26,15 +26,16 @@ template __global__ void step_kernel<kFewWords, __half>(
 template __global__ void step_kernel<kManyWords, float, double, __nv_bfloat16, __half>(
     const __grid_constant__ StepArguments<kManyWords>);
 
-#define CZM_INSTANTIATE(Stored)                                                               \\
-  template __global__ void add_relu_noise_kernel<kWidest<Stored>, Stored, Divider>(           \\
-      Stored*, const Stored*, const Stored*, const Noise<Real<Stored>, Divider>, int64_t);    \\
-  template __global__ void add_relu_noise_backward_kernel<kWidest<Stored>, Stored, Divider>(  \\
-      Stored*, const Stored*, const Stored*, const Noise<Real<Stored>, Divider>, int64_t);    \\
-  template __global__ void exp_scale_kernel<kWidest<Stored>, Stored>(                         \\
-      Stored*, const Stored*, const Real<Stored>*, int64_t);                                  \\
-  template __global__ void exp_scale_backward_kernel<kWidest<Stored>, Stored>(                \\
-      Stored*, Real<Stored>*, const Stored*, const Stored*, const Real<Stored>*, int64_t);
+#define CZM_INSTANTIATE(Stored) \\
+  template __global__ void add_relu_noise_kernel<kWidest<Stored>, Stored, Divider>( \\
+      Stored*, const Stored*, const Stored*, const Noise<opmath_type<Stored>, Divider>, int64_t); \\
+  template __global__ void add_relu_noise_backward_kernel<kWidest<Stored>, Stored, Divider>( \\
+      Stored*, const Stored*, const Stored*, const Noise<opmath_type<Stored>, Divider>, int64_t); \\
+  template __global__ void exp_scale_kernel<kWidest<Stored>, Stored>( \\
+      Stored*, const Stored*, const opmath_type<Stored>*, int64_t); \\
+  template __global__ void exp_scale_backward_kernel<kWidest<Stored>, Stored>( \\
+      Stored*, opmath_type<Stored>*, const Stored*, const Stored*, \\
+      const opmath_type<Stored>*, int64_t);
 CZM_INSTANTIATE(float)
 CZM_INSTANTIATE(double)
 CZM_INSTANTIATE(__nv_bfloat16)

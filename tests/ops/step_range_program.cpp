@@ -5,11 +5,11 @@
 #include <cstdlib>
 #include <vector>
 
-#include "step_table.h"
+#include "descriptors.h"
 
 namespace czm {
 namespace baseline {
-void step_range(const TensorRow* rows, const int64_t* grads, int64_t row_count,
+void step_range(const TensorDescriptor* rows, const int64_t* grads, int64_t row_count,
                 const GroupRow* groups, double inverse_scale, int64_t begin, int64_t end);
 }
 }  // namespace czm
@@ -25,9 +25,9 @@ template <class T> std::vector<T> read(int64_t count) {
 }
 
 int main() {
-  using czm::TensorRow;
+  using czm::TensorDescriptor;
   const Header header = read<Header>(1)[0];
-  std::vector<TensorRow> rows = read<TensorRow>(header.rows);
+  std::vector<TensorDescriptor> rows = read<TensorDescriptor>(header.rows);
   std::vector<int64_t> grads = read<int64_t>(header.rows);
   const std::vector<czm::GroupRow> groups = read<czm::GroupRow>(header.groups);
   std::vector<char> image = read<char>(header.image_bytes);
@@ -35,11 +35,11 @@ int main() {
     if (address) address += reinterpret_cast<int64_t>(image.data());
   };
   for (int64_t& grad : grads) relocate(grad);
-  for (TensorRow& row : rows) {
-    for (int64_t TensorRow::*address : {&TensorRow::param, &TensorRow::momentum_buffer,
-                                        &TensorRow::log_scale,
-                                        &TensorRow::log_scale_momentum_buffer, &TensorRow::step,
-                                        &TensorRow::param_remainder})
+  for (TensorDescriptor& row : rows) {
+    for (int64_t TensorDescriptor::*address : {&TensorDescriptor::param, &TensorDescriptor::momentum_buffer,
+                                        &TensorDescriptor::log_scale,
+                                        &TensorDescriptor::log_scale_momentum_buffer, &TensorDescriptor::step,
+                                        &TensorDescriptor::param_remainder})
       relocate(row.*address);
   }
   czm::baseline::step_range(rows.data(), grads.data(), header.rows, groups.data(), 1.0, 0,

@@ -40,7 +40,7 @@ def _step_range(instruction_set):
 
     name = (
         f"_ZN3czm{len(instruction_set)}{instruction_set}"
-        "10step_rangeEPKNS_9TensorRowEPKllPKNS_8GroupRowEdll"
+        "10step_rangeEPKNS_16TensorDescriptorEPKllPKNS_8GroupRowEdll"
     )
     try:
         function = getattr(ctypes.CDLL(module.__file__), name)

@@ -33,11 +33,11 @@ SIGNATURE = {
 
 
 def compiled(dtype, program_numel, target, split=False):
-    from czm_fused.ops.triton.step import launch_shape
-    from czm_fused.ops.triton.step_kernel import step_kernel
     from triton.compiler import ASTSource
 
-    from czm_fused.ops.triton.device import TRITON_DTYPES, real_dtype
+    from czm_fused.ops.step.triton import launch_shape
+    from czm_fused.ops.step.triton_kernel import step_kernel
+    from czm_fused.ops.triton_utils import TRITON_DTYPES, real_dtype
 
     num_warps, tile = launch_shape(program_numel, dtype, split)
     constants = {"DTYPE": TRITON_DTYPES[dtype], "REAL": real_dtype(dtype)}
@@ -117,8 +117,8 @@ def test_other_kernels_for_cuda(module, name, tensors, numbers, constants, tmp_p
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(f"czm_fused.ops.triton.{module}"), name)
-    constants = {**constants, "REAL": tl.float32}
+    kernel = getattr(importlib.import_module(f"czm_fused.ops.{module}.triton"), name)
+    constants = {**constants, "COMPUTE_DTYPE": tl.float32}
     if module == "add_relu_noise":
         constants["INDEX"] = tl.int32
     types = ["*fp32"] * tensors + ["i32"] * numbers + ["constexpr"] * len(constants)

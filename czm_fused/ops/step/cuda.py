@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from czm_fused.ops.library import lib
+from czm_fused.ops.registry import lib
 from czm_fused.ops.step.descriptors import Hyperparameters, StepTensor, build_descriptors
 from czm_fused.ops.step.device_table import DeviceTable
 from czm_fused.ops.step.spec import DESCRIPTOR_FIELDS, DTYPES, FIELD, HYPERPARAMETER_NAMES

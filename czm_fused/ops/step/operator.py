@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from czm_fused.ops import backends
-from czm_fused.ops.library import lib
+from czm_fused.ops.registry import lib
 from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor
 from czm_fused.ops.step.plan import DevicePlan
 from czm_fused.ops.step.spec import HYPERPARAMETER_NAMES, STATES, StepFlag

@@ -18,7 +18,7 @@ from czm_fused.ops.step.spec import (
 )
 from czm_fused.ops.step.tensors import StepInputs
 from czm_fused.ops.step.triton_kernel import step_kernel
-from czm_fused.ops.triton.device import TRITON_DTYPES, current, real_dtype
+from czm_fused.ops.triton_utils import TRITON_DTYPES, current, real_dtype
 
 # Weights in a block of a tensor without filters: enough for a program to be worth its start.
 _BLOCK_NUMEL = 4096

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import ClassVar
 
 import torch
-from czm_fused.ops.cuda import CudaStep
+from czm_fused.ops.step.cuda import CudaStep
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent

@@ -16,7 +16,7 @@ template <class T> T* pointer(int64_t address) { return reinterpret_cast<T*>(add
 void launch_step(int64_t rows, int64_t items, int64_t item_count, int64_t grads,
                  int64_t tensor_count, int64_t groups, int64_t group_addresses,
                  int64_t group_count, int64_t dtype, int64_t grad_scale, int64_t found_inf) {
-  const czm::StepLaunch step{pointer<const czm::TensorRow>(rows),
+  const czm::StepLaunch step{pointer<const czm::TensorDescriptor>(rows),
                              pointer<const czm::WorkItem>(items),
                              item_count,
                              pointer<const int64_t>(grads),
@@ -62,7 +62,7 @@ void for_noise(int64_t noise, int64_t count, int64_t channels, int64_t area, boo
           cuda_host::run_blocks(czm::elementwise_blocks<size>(count), czm::kElementwiseThreads,
                                 [&] { launch(size, factors); });
         };
-        const auto* values = pointer<const czm::Real<Stored>>(noise);
+        const auto* values = pointer<const czm::opmath_type<Stored>>(noise);
         if (is_wide) {
           run(czm::noise_of<Stored>(values, channels, area, channels_last,
                                     [](int64_t divisor) { return czm::WideDivider(divisor); }));
@@ -115,7 +115,7 @@ void exp_scale(int64_t dtype, int64_t weight, int64_t direction, int64_t log_sca
         filter_numel,
         [&](auto size) {
           cuda_host::run_blocks(unsigned(filters), czm::kFilterThreads, [&] {
-            czm::exp_scale_kernel<size>(out, in, pointer<const czm::Real<Stored>>(log_scale),
+            czm::exp_scale_kernel<size>(out, in, pointer<const czm::opmath_type<Stored>>(log_scale),
                                         filter_numel);
           });
         },
@@ -128,7 +128,7 @@ void exp_scale_backward(int64_t dtype, int64_t grad_direction, int64_t grad_log_
                         int64_t filter_numel) {
   for_dtype(dtype, [&](auto zero) {
     using Stored = decltype(zero);
-    using T = czm::Real<Stored>;
+    using T = czm::opmath_type<Stored>;
     auto* out = pointer<Stored>(grad_direction);
     const auto *dw = pointer<const Stored>(grad), *v = pointer<const Stored>(direction);
     czm::choose_filter_packs<Stored>(

@@ -6,8 +6,8 @@ import torch
 from czm_fused.functional import add_relu_noise
 from czm_fused.ops import add_relu_noise as noise_ops
 from czm_fused.ops import exp_scale as scale_ops
-from czm_fused.ops.triton import add_relu_noise as noise_kernels
-from czm_fused.ops.triton import exp_scale as scale_kernels
+from czm_fused.ops.add_relu_noise import triton as noise_kernels
+from czm_fused.ops.exp_scale import triton as scale_kernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "sliced")
@@ -51,13 +51,13 @@ def test_add_relu_noise(dtype, layout, with_noise):
         if with_noise:
             noise = torch.rand(shape[:2], dtype=torch.promote_types(dtype, torch.float32)) + 0.5
         for other in (None, residual):
-            expected = noise_ops.reference(x, other, noise)
+            expected = noise_ops.reference.add_relu_noise(x, other, noise)
             output = noise_kernels.add_relu_noise(x, other, noise)
             # One rounding an operation, in the same order: the same bits.
             assert same_bits(output, expected)
             assert same_bits(
                 noise_kernels.add_relu_noise_backward(grad, output, noise),
-                noise_ops.reference_backward(grad, expected, noise),
+                noise_ops.reference.add_relu_noise_backward(grad, expected, noise),
             )
 
 
@@ -73,11 +73,11 @@ def test_exp_scale(dtype, layout):
             g = randn(shape[:1], g_dtype)
             wide = [tensor.double() for tensor in (grad, direction, g)]
             # exp rounds its argument and itself, the product once, the output once.
-            expected = scale_ops.reference(*wide[1:])
+            expected = scale_ops.reference.exp_scale(*wide[1:])
             bound = 2 * ((4 + g.abs().max().item() if g.numel() else 4) * real_eps + eps)
             actual = scale_kernels.exp_scale(direction, g)
             torch.testing.assert_close(actual.double(), expected, rtol=bound, atol=1e-7 * eps)
-            expected_dv, expected_dg = scale_ops.reference_backward(*wide)
+            expected_dv, expected_dg = scale_ops.reference.exp_scale_backward(*wide)
             dv, dg = scale_kernels.exp_scale_backward(grad, direction, g)
             torch.testing.assert_close(dv.double(), expected_dv, rtol=bound, atol=1e-7 * eps)
             # A sum of n terms, in blocks, adds 2 sqrt(n) roundings of the terms' sizes.

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from czm_fused.ops.layout import dense, with_layout_of
-from czm_fused.ops.triton.device import current, real_dtype
+from czm_fused.ops.layout import to_contiguous_or_channels_last, to_layout_of
+from czm_fused.ops.triton_utils import current, real_dtype
 
 _BLOCK = 1024
 
@@ -29,41 +29,44 @@ def _row(offsets, channels, spatial, CHANNELS_LAST: tl.constexpr):
 @triton.jit
 def _forward_kernel(
     output, x, residual, noise, numel, channels, spatial,
-    REAL: tl.constexpr, INDEX: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr, INDEX: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
-    total = tl.load(x + offsets, mask=mask, other=0.0).to(REAL)
+    total = tl.load(x + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
     if residual is not None:
-        total += tl.load(residual + offsets, mask=mask, other=0.0).to(REAL)
+        total += tl.load(residual + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
     if noise is not None:
         row = _row(offsets, channels, spatial, CHANNELS_LAST)
         total *= tl.load(noise + row, mask=mask, other=0.0)
-    total = tl.where(total <= 0, 0.0, total)
+    # NaN and -0 pass, as in torch.relu.
+    total = tl.where(total < 0, 0.0, total)
     tl.store(output + offsets, total.to(output.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _backward_kernel(
     grad_x, grad, output, noise, numel, channels, spatial,
-    REAL: tl.constexpr, INDEX: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr, INDEX: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
-    value = tl.load(grad + offsets, mask=mask, other=0.0).to(REAL)
+    value = tl.load(grad + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
     if noise is not None:
         row = _row(offsets, channels, spatial, CHANNELS_LAST)
         value *= tl.load(noise + row, mask=mask, other=0.0)
-    is_off = tl.load(output + offsets, mask=mask, other=0.0).to(REAL) <= 0
+    is_off = tl.load(output + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE) <= 0
     value = tl.where(is_off, 0.0, value)
     tl.store(grad_x + offsets, value.to(grad_x.dtype.element_ty), mask=mask)
 
 
 def add_relu_noise(x: Tensor, residual: Tensor | None, noise: Tensor | None) -> Tensor:
     """Compute the operator of `czm_fused.ops.add_relu_noise`."""
-    x = dense(x)
+    x = to_contiguous_or_channels_last(x)
     if residual is not None:
-        residual = with_layout_of(residual, x)
+        residual = to_layout_of(residual, x)
     output = torch.empty_like(x)
     _launch(_forward_kernel, output, x, residual, noise)
     return output
@@ -71,9 +74,9 @@ def add_relu_noise(x: Tensor, residual: Tensor | None, noise: Tensor | None) -> 
 
 def add_relu_noise_backward(grad: Tensor, output: Tensor, noise: Tensor | None) -> Tensor:
     """Compute the gradient operator of `czm_fused.ops.add_relu_noise`."""
-    output = dense(output)
+    output = to_contiguous_or_channels_last(output)
     grad_x = torch.empty_like(output)
-    _launch(_backward_kernel, grad_x, with_layout_of(grad, output), output, noise)
+    _launch(_backward_kernel, grad_x, to_layout_of(grad, output), output, noise)
     return grad_x
 
 
@@ -96,7 +99,7 @@ def _launch(
             numel,
             written.shape[1],
             math.prod(written.shape[2:]),
-            REAL=real_dtype(written.dtype),
+            COMPUTE_DTYPE=real_dtype(written.dtype),
             INDEX=tl.int32 if numel <= 2**31 - _BLOCK else tl.int64,
             CHANNELS_LAST=not written.is_contiguous(),
             BLOCK=_BLOCK,

@@ -9,24 +9,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from czm_fused.ops.layout import dense, with_layout_of
-from czm_fused.ops.triton.device import current, real_dtype
+from czm_fused.ops.layout import to_contiguous_or_channels_last, to_layout_of
+from czm_fused.ops.triton_utils import current, real_dtype
 
 _TILE = 512
 
 
 @triton.jit
 def _forward_kernel(
-    weight, direction, log_scale, filter_numel, REAL: tl.constexpr, TILE: tl.constexpr
+    weight, direction, log_scale, filter_numel, COMPUTE_DTYPE: tl.constexpr, TILE: tl.constexpr
 ):
     number = tl.program_id(0)
     begin = number.to(tl.int64) * filter_numel
-    scale = tl.exp(tl.load(log_scale + number).to(REAL))
+    scale = tl.exp(tl.load(log_scale + number).to(COMPUTE_DTYPE))
     tile = number * 0
     while tile * TILE < filter_numel:
         offsets = tile * TILE + tl.arange(0, TILE)
         mask = offsets < filter_numel
-        v = tl.load(direction + begin + offsets, mask=mask, other=0.0).to(REAL)
+        v = tl.load(direction + begin + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
         tl.store(weight + begin + offsets, (scale * v).to(weight.dtype.element_ty), mask=mask)
         tile += 1
 
@@ -34,30 +34,31 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     grad_direction, grad_log_scale, grad, direction, log_scale, filter_numel,
-    REAL: tl.constexpr, TILE: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0)
     begin = number.to(tl.int64) * filter_numel
-    scale = tl.exp(tl.load(log_scale + number).to(REAL))
-    total = tl.zeros([TILE], REAL)
+    scale = tl.exp(tl.load(log_scale + number).to(COMPUTE_DTYPE))
+    total = tl.zeros([TILE], COMPUTE_DTYPE)
     tile = number * 0
     while tile * TILE < filter_numel:
         offsets = tile * TILE + tl.arange(0, TILE)
         mask = offsets < filter_numel
-        v = tl.load(direction + begin + offsets, mask=mask, other=0.0).to(REAL)
-        dv = scale * tl.load(grad + begin + offsets, mask=mask, other=0.0).to(REAL)
-        total = tl.fma(dv, v, total)
+        v = tl.load(direction + begin + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
+        dw = tl.load(grad + begin + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
+        total = tl.fma(dw, v, total)
+        dv = scale * dw
         tl.store(
             grad_direction + begin + offsets, dv.to(grad_direction.dtype.element_ty), mask=mask
         )
         tile += 1
-    dg = tl.sum(total, axis=0)
+    dg = scale * tl.sum(total, axis=0)
     tl.store(grad_log_scale + number, dg.to(grad_log_scale.dtype.element_ty))
 
 
 def exp_scale(direction: Tensor, log_scale: Tensor) -> Tensor:
     """Compute the operator of `czm_fused.ops.exp_scale`."""
-    direction = dense(direction)
+    direction = to_contiguous_or_channels_last(direction)
     weight = torch.empty_like(direction)
     _launch(_forward_kernel, direction, weight, direction, log_scale.contiguous())
     return weight
@@ -65,14 +66,14 @@ def exp_scale(direction: Tensor, log_scale: Tensor) -> Tensor:
 
 def exp_scale_backward(grad: Tensor, direction: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the gradient operator of `czm_fused.ops.exp_scale`."""
-    direction, log_scale = dense(direction), log_scale.contiguous()
+    direction, log_scale = to_contiguous_or_channels_last(direction), log_scale.contiguous()
     grad_direction, grad_log_scale = torch.empty_like(direction), torch.zeros_like(log_scale)
     _launch(
         _backward_kernel,
         direction,
         grad_direction,
         grad_log_scale,
-        with_layout_of(grad, direction),
+        to_layout_of(grad, direction),
         direction,
         log_scale,
     )
@@ -87,7 +88,7 @@ def _launch(kernel: triton.JITFunction, direction: Tensor, *tensors: Tensor) -> 
         kernel[(filters,)](
             *tensors,
             direction.numel() // filters,
-            REAL=real_dtype(direction.dtype),
+            COMPUTE_DTYPE=real_dtype(direction.dtype),
             TILE=_TILE,
             enable_fp_fusion=False,
         )

@@ -5,19 +5,17 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <type_traits>
+
+#include "../arithmetic.h"
 
 namespace czm {
 
-// Half types are computed in float and rounded once.
-template <class Stored> using Real = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
+__device__ __forceinline__ float to_opmath(float x) { return x; }
+__device__ __forceinline__ double to_opmath(double x) { return x; }
+__device__ __forceinline__ float to_opmath(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_opmath(__half x) { return __half2float(x); }
 
-__device__ __forceinline__ float to_real(float x) { return x; }
-__device__ __forceinline__ double to_real(double x) { return x; }
-__device__ __forceinline__ float to_real(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_real(__half x) { return __half2float(x); }
-
-template <class Stored> __device__ __forceinline__ Stored from_real(Real<Stored> x) {
+template <class Stored> __device__ __forceinline__ Stored from_opmath(opmath_type<Stored> x) {
   if constexpr (std::is_same_v<Stored, __nv_bfloat16>) {
     return __float2bfloat16(x);
   } else if constexpr (std::is_same_v<Stored, __half>) {

@@ -1,10 +1,10 @@
-// What the operators on whole, dense tensors share: how they lie in memory and how loops run over them.
+// The memory layouts of the operators on whole tensors, and loops over their elements.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <type_traits>
+#include "arithmetic.h"
 
 // A function that the compiler vectorises once for each instruction set, with all that it calls; the
 // loader picks. Nothing in it may be reordered or contracted: every version gives the same bits.
@@ -19,11 +19,7 @@ namespace czm {
 
 using torch::stable::Tensor;
 
-// Half types are computed in float32 and rounded once.
-template <typename T>
-using arithmetic_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// What a thread must have to do before another is worth waking, in elements.
+// Grain size of parallel_for, in elements.
 constexpr int64_t kElementsPerTask = 32768;
 
 // Dense in the order (0, 2, 3, ..., 1): torch's channels_last, for any number of dimensions.
@@ -47,12 +43,12 @@ inline bool is_channels_last(const Tensor& t) {
 }
 
 // `t` itself if it is contiguous or channels-last, else a contiguous copy.
-inline Tensor dense(const Tensor& t) {
+inline Tensor contiguous_or_channels_last(const Tensor& t) {
   return t.is_contiguous() || is_channels_last(t) ? t : torch::stable::contiguous(t);
 }
 
 // `t` itself if its elements lie as those of `like` do, else a copy that does. `like` is dense.
-inline Tensor with_layout_of(const Tensor& t, const Tensor& like) {
+inline Tensor to_layout_of(const Tensor& t, const Tensor& like) {
   bool same = true;
   for (int64_t d = 0; same && d < t.dim(); ++d) {
     same = t.size(d) == 1 || t.stride(d) == like.stride(d);

@@ -29,7 +29,7 @@ enum DType : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 }
   FIELD(first_filter)  /* filters of all descriptors before this one */           \
   FIELD(first_work)    /* units of work of all descriptors before this one */
 
-struct TensorRow {
+struct TensorDescriptor {
 #define CZM_FIELD(name) int64_t name;
   CZM_DESCRIPTOR_FIELDS(CZM_FIELD)
 #undef CZM_FIELD

@@ -7,15 +7,15 @@ constexpr int kLogWarp = 5;
 constexpr int kWarp = 1 << kLogWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// `size` threads, a power of two and at least a warp. All teams of a block have one size and pass
+// `size` threads, a power of two and at least a warp. All thread groups of a block have one size and pass
 // the same barriers.
-struct Team {
+struct ThreadGroup {
   int size;
-  int rank;  // of this thread in its team
+  int rank;  // of this thread in its thread group
 
-  __device__ explicit Team(int size) : size(size), rank(int(threadIdx.x) & (size - 1)) {}
+  __device__ explicit ThreadGroup(int size) : size(size), rank(int(threadIdx.x) & (size - 1)) {}
 
-  // Which team of its block this is.
+  // The number of this thread group in its block.
   __device__ __forceinline__ int number() const { return int(threadIdx.x) / size; }
 
   __device__ __forceinline__ void sync() const {
@@ -26,7 +26,7 @@ struct Team {
     }
   }
 
-  // Replaces each number by its sum over the team, formed in an order that never changes. `partial`
+  // Replaces each number by its sum over the thread group, formed in an order that never changes. `partial`
   // is shared memory: `count` numbers for each warp of the block, not to be used again before sync().
   template <int count, class T>
   __device__ __forceinline__ void sum(T (&numbers)[count], T* partial) const {

@@ -1,1 +1,0 @@
-"""The operators in Triton, for CUDA, ROCm and Intel devices; Triton is imported in here alone."""
