@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -62,7 +61,7 @@ class ParamGroup(dict[str, Any]):
             UserWarning: the setting is none of `FusedCZMSGD`'s, so that an optimizer has been given
                 the group that ignores `exp_scale`, `zmg` and `luma`.
         """
-        if key not in self and not key.startswith("initial_") and not _is_known(key):
+        if key not in self and not key.startswith("initial_") and key not in _KNOWN:
             warnings.warn(
                 "the groups of czm_param_groups must go to FusedCZMSGD, but another optimizer got "
                 "them, which ignores their exp_scale, zmg and luma; use FusedCZMSGD, or pass plain "
@@ -73,17 +72,7 @@ class ParamGroup(dict[str, Any]):
 
 
 _NOT_SETTINGS = ("name", "params", "param_names")
-
-
-def _is_known(setting: str) -> bool:
-    from czm_fused.optim import FusedCZMSGD
-
-    return setting in inspect.signature(FusedCZMSGD).parameters or setting in (
-        *HYPERPARAMETERS,
-        *_NOT_SETTINGS,
-        "min_filter_dim",
-        "max_filter_dim",
-    )
+_KNOWN = (*HYPERPARAMETERS, *_NOT_SETTINGS, "differentiable", "min_filter_dim", "max_filter_dim")
 
 
 def _first_frame_outside_torch() -> int:

@@ -266,7 +266,7 @@ def test_another_optimizer_is_noticed(make):
 
 
 def test_batch_norms_in_the_model_are_warned_about_by_name():
-    with pytest.warns(UserWarning, match=r"still has BatchNorms, norm: call convert\(model\) first"):
+    with pytest.warns(UserWarning, match=r"has BatchNorms, norm: call convert\(model\) first"):
         groups = czm_param_groups(Network())
     assert "still has BatchNorms, norm" in groups.notes[-1]
 
