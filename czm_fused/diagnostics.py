@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -24,7 +24,7 @@ from czm_fused.example import preserved, run_example
 from czm_fused.init import Convolution, named_convolutions
 from czm_fused.nn import ExpScale
 from czm_fused.optim import FusedCZMSGD
-from czm_fused.reference import compute_dtype, filter_norms
+from czm_fused.reference import filter_norms
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -50,8 +50,8 @@ class ParamGroup(dict[str, Any]):
     def __repr__(self) -> str:
         settings = {key: value for key, value in self.items() if key not in _NOT_SETTINGS}
         return (
-            f"{type(self).__name__}({self.get('name')!r}: {len(self.get('params', ()))} parameters, "
-            f"{_weights(self):,} weights, {settings})"
+            f"{type(self).__name__}({self.get('name')!r}: {len(self.get('params', ()))} parameters"
+            f", {_weights(self):,} weights, {settings})"
         )
 
     def setdefault(self, key: str, default: Any = None) -> Any:

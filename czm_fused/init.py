@@ -136,7 +136,8 @@ def czm_init_(
             else:
                 czm_weight_(convolution.weight, gain=gain, zero_mean=zero_mean, generator=generator)
             if parametrize.is_parametrized(convolution, "bias"):
-                _assign(name, convolution, "bias", torch.zeros_like(convolution.bias))
+                bias: Any = convolution.bias
+                _assign(name, convolution, "bias", torch.zeros_like(bias))
             elif convolution.bias is not None:
                 nn.init.zeros_(convolution.bias)
         if example_input is not None:
@@ -166,7 +167,8 @@ def _check_settable(convolutions: Mapping[str, Convolution]) -> None:
 
 def _assign(name: str, convolution: Convolution, key: str, value: Tensor) -> None:
     """Assign a parametrized tensor, and raise a ValueError unless it then has that value."""
-    kinds = ", ".join(type(each).__name__ for each in convolution.parametrizations[key])
+    parametrizations: Any = convolution.parametrizations
+    kinds = ", ".join(type(each).__name__ for each in parametrizations[key])
     try:
         setattr(convolution, key, value)
     except Exception as error:
@@ -191,7 +193,7 @@ def _undone_on_error(convolutions: Iterable[nn.Module]) -> Iterator[None]:
     """Restore the parameters and buffers of `convolutions` if the block raises."""
     # A parametrization is a child of its convolution, and may replace its own buffers.
     modules = [module for convolution in convolutions for module in convolution.modules()]
-    tables = [table for m in modules for table in (m._parameters, m._buffers)]
+    tables: list[Any] = [table for m in modules for table in (m._parameters, m._buffers)]
     entries = [(table, dict(table)) for table in tables]
     tensors = {each for table in tables for each in table.values() if each is not None}
     contents = [(tensor, tensor.detach().clone()) for tensor in tensors]

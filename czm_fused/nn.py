@@ -21,7 +21,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 def residual_tail(x: Tensor, residual: Tensor | None, amplitude: float, training: bool) -> Tensor:
     """Compute `czm_fused.functional.add_relu_noise`, which torch.jit.script cannot compile."""
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         return functional.add_relu_noise(x, residual, amplitude, training)
     total = x if residual is None else x + residual
     if training and amplitude > 0:
@@ -30,7 +30,7 @@ def residual_tail(x: Tensor, residual: Tensor | None, amplitude: float, training
 
 
 def _multiply_by_noise(x: Tensor, amplitude: float) -> Tensor:
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         noise = functional.draw_noise(x, amplitude).to(x.dtype)
     else:
         noise = torch.rand(x.shape[:2], dtype=x.dtype, device=x.device)

@@ -393,7 +393,6 @@ def test_basic_block_can_be_captured(how, training):
     block = CZMBasicBlock(4, 6, 2, amplitude=0.5)
     ratio = captured(block, how)(x) / block.eval()(x)
     ratios = ratio.flatten(2).nanmean(dim=2)
-    torch.testing.assert_close(ratio.nan_to_num(1.0).amax((2, 3)) * 0 + ratios, ratios)
     assert 0.5 <= ratios.nan_to_num(1.0).min() < 0.55
     assert 1.45 < ratios.nan_to_num(1.0).max() <= 1.5 + 1e-6
 

@@ -52,13 +52,12 @@ def plot_layers(
             lows, highs = [v.min for v in spreads.values()], [v.max for v in spreads.values()]
             ranges = axes.vlines(list(spreads), lows, highs, alpha=0.4)
             legend = ([points[0], ranges], ["median of the filters", "range of the filters"])
-        if title in logarithmic and min(medians) > 0:
+        low, high = axes.dataLim.y0, axes.dataLim.y1
+        if title in logarithmic and low > 0 and high > 10 * low:
             axes.set_yscale("log")
-        else:
-            # Equal values would otherwise be shown as an offset of rounding errors.
-            axes.ticklabel_format(axis="y", useOffset=False)
-            if max(medians) - min(medians) < 1e-3 * abs(medians[0]):
-                axes.margins(y=0.5)
+        elif high - low < 0.01 * abs(high):
+            # Rounding errors would otherwise fill the panel.
+            axes.set_ylim(low - 0.1 * abs(low), high + 0.1 * abs(high))
     figure.legend(*legend, loc="outside upper right", ncols=2, frameon=False)
     last = axes_of_panels[-1]
     last.set_xlim(-0.5, len(names) - 0.5)
