@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from czm_fused.reference import exact_param
+from czm_fused.ops.step.reference import exact_param
 from throughput.arguments import output, positive
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -1,31 +1,36 @@
-"""What a layer's filters look like while they are trained, and how far they reject mean shift."""
+"""Measure the filters of a network in training, its signals, and how far it rejects mean shift."""
 
 from __future__ import annotations
 
+import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from czm_fused._internal.signals import Signals, output_spread
+from czm_fused._internal.text import format_html, format_table, shorten
+from czm_fused.calibration import DEAD, EXPLODED
 from czm_fused.example import preserved, run_example
 from czm_fused.init import Convolution, named_convolutions
 from czm_fused.nn import ExpScale
+from czm_fused.optim import FusedCZMSGD
 from czm_fused.ops.step.reference import filter_norms
-from czm_fused.ops.step.spec import compute_dtype
-from czm_fused.text import format_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Log: TypeAlias = Callable[[dict[str, float], int], object]
-"""What takes quantities by name, and the number of steps taken."""
+"""A function of quantities by name and the number of steps taken."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,19 @@ class Spread:
 
 @dataclass(frozen=True)
 class LayerDiagnostics:
-    """The state of one convolution, W[f] = exp(g[f]) V[f]; None is what cannot be known.
+    """The state of one convolution, W[f] = exp(g[f]) V[f]; None stands for an unknown quantity.
 
     Attributes:
         name: its dotted name.
+        depth: its place in the order of execution, from 0, which networks that name their layers
+            differently have in common; layers that did not run come last.
         filters: how many it has.
+        gain: ‖W[f]‖, the norm of a filter, which `czm_init_` and `calibrate_` set.
+        output_spread: standard deviation of its output over samples and positions, the root mean
+            square over channels, in eval mode; None if the layer did not run.
         direction_norm: ‖V[f]‖, which LUMA holds near 1 (paper section 3.4).
-        scale: exp(g[f]) (section 3.1).
+        scale: exp(g[f]) (section 3.1). Before the first step of `FusedCZMSGD`, the scale that this
+            step starts with, ‖W[f]‖.
         isocline_distance: the share of a filter that is spatial mean, ‖M[f]‖ / ‖W[f]‖ with
             M[f, c, t] = mean over t of W[f, c, t], from 0, on the isocline (section 3.3), to 1,
             which filters of one tap cannot help. 0 for a filter of zeros.
@@ -61,7 +72,10 @@ class LayerDiagnostics:
     """
 
     name: str
+    depth: int
     filters: int
+    gain: Spread
+    output_spread: float | None
     direction_norm: Spread
     scale: Spread
     isocline_distance: Spread
@@ -78,11 +92,13 @@ class LayerDiagnostics:
         return 20 * ratio.log10().item()
 
 
-SPREADS = ("direction_norm", "scale", "isocline_distance", "effective_lr")
-GAINS = ("shift_gain", "signal_gain", "rejection_db")
+SPREADS = ("gain", "direction_norm", "scale", "isocline_distance", "effective_lr")
+NUMBERS = ("output_spread", "shift_gain", "signal_gain", "rejection_db")
 """The quantities of a layer, which are the fields and properties of `LayerDiagnostics`."""
 
+_LOGARITHMIC = ("output_spread", "effective_lr")
 _LABELS = {
+    "output_spread": "output spread",
     "direction_norm": "direction norm ‖V‖",
     "scale": "scale exp(g)",
     "isocline_distance": "distance from the isocline",
@@ -96,16 +112,22 @@ class Report:
     """The state of every convolution of a network; printed, a table of medians and ranges.
 
     Attributes:
-        layers: the convolutions, in the order of registration.
+        layers: the convolutions, in the order of execution, then those that did not run.
+        output_spread: the spread of the model's first output, such as the logits; None if it is not
+            a floating-point tensor.
+        notes: in words, what is dead or explodes, and the remedy.
     """
 
     layers: tuple[LayerDiagnostics, ...]
+    output_spread: float | None = None
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, float]:
         """Return what is known as numbers by name, for loggers.
 
-        The names are `layer/quantity`; of what varies over the filters, that is the median, beside
-        `layer/quantity_min` and `layer/quantity_max`.
+        The names are `layer/quantity`, and `output_spread` for the model's. A quantity that varies
+        over the filters is given as its median, beside `layer/quantity_min` and
+        `layer/quantity_max`.
         """
         numbers: dict[str, float] = {}
         for layer in self.layers:
@@ -115,60 +137,80 @@ class Report:
                     key = f"{layer.name}/{quantity}"
                     numbers[key] = spread.median
                     numbers[f"{key}_min"], numbers[f"{key}_max"] = spread.min, spread.max
-            for quantity in GAINS:
-                gain: float | None = getattr(layer, quantity)
-                if gain is not None:
-                    numbers[f"{layer.name}/{quantity}"] = gain
+            for quantity in NUMBERS:
+                number: float | None = getattr(layer, quantity)
+                if number is not None:
+                    numbers[f"{layer.name}/{quantity}"] = number
+        if self.output_spread is not None:
+            numbers["output_spread"] = self.output_spread
         return numbers
 
     def plot(self) -> Figure:
-        """Draw each quantity over the layers: medians with the filters' ranges.
+        """Draw each quantity that is known over the depth: medians with the ranges of the filters.
+
+        The layer at one depth is drawn at one place, whatever its name.
+
+            >>> report = diagnose(nn.Conv2d(3, 8, 3), torch.randn(4, 3, 8, 8))
+            >>> report.plot().savefig("layers.svg")  # doctest: +SKIP
+
+        Returns:
+            A matplotlib figure; `savefig` writes PNG, SVG or PDF, by the suffix of the file.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
         try:
-            from matplotlib.figure import Figure
+            import matplotlib.figure  # noqa: F401
         except ImportError as error:
             raise ImportError("plot() needs matplotlib: pip install 'czm-fused[train]'") from error
+        from czm_fused._internal.layer_plot import plot_layers
 
-        figure = Figure(figsize=(8, 11), layout="constrained")
-        places = range(len(self.layers))
-        panels = figure.subplots(len(_LABELS), sharex=True)
-        for axes, (quantity, label) in zip(panels, _LABELS.items(), strict=True):
-            axes.set_ylabel(label)
-            axes.grid(alpha=0.3)
-            values = [getattr(layer, quantity) for layer in self.layers]
-            known = [(place, v) for place, v in zip(places, values, strict=True) if v is not None]
-            if quantity in SPREADS:
-                axes.vlines(
-                    [place for place, _ in known],
-                    [spread.min for _, spread in known],
-                    [spread.max for _, spread in known],
-                    alpha=0.4,
-                )
-                known = [(place, spread.median) for place, spread in known]
-            axes.plot([place for place, _ in known], [value for _, value in known], ".")
-        panels[-1].set_xticks(places, [layer.name for layer in self.layers], rotation=90, size=6)
-        return figure
+        panels = {}
+        for quantity, label in _LABELS.items():
+            known = {e.depth: getattr(e, quantity) for e in self.layers}
+            panels[label] = {d: value for d, value in known.items() if _is_finite(value)}
+        logarithmic = [_LABELS[quantity] for quantity in _LOGARITHMIC]
+        return plot_layers([layer.name for layer in self.layers], panels, logarithmic)
 
-    def __str__(self) -> str:
-        header = ("layer", "filters", "‖V‖", "exp(g)", "off isocline", "rejection", "effective lr")
-        rows = [header]
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [_HEADER]
         for layer in self.layers:
-            rejection = layer.rejection_db
             rows.append(
                 (
                     layer.name,
                     str(layer.filters),
+                    _format(layer.gain),
+                    _format_number(layer.output_spread),
                     _format(layer.direction_norm),
                     _format(layer.scale),
                     _format(layer.isocline_distance),
-                    "-" if rejection is None else f"{rejection:.1f} dB",
+                    _format_number(layer.rejection_db, ".1f", " dB"),
                     _format(layer.effective_lr),
                 )
             )
-        return format_table(rows, right_aligned=range(1, len(header)))
+        spread = _format_number(self.output_spread)
+        rows.append(("(output of the model)", "", "", spread, "", "", "", "", ""))
+        return rows
+
+    def __str__(self) -> str:
+        table = format_table(self._rows(), right_aligned=range(1, len(_HEADER)))
+        return "\n".join([table, *self.notes])
+
+    def _repr_html_(self) -> str:
+        return format_html(self._rows(), self.notes)
+
+
+_HEADER = (
+    "layer",
+    "filters",
+    "gain",
+    "output spread",
+    "‖V‖",
+    "exp(g)",
+    "off isocline",
+    "rejection",
+    "effective lr",
+)
 
 
 def diagnose(model: nn.Module, images: Any, optimizer: Optimizer | None = None) -> Report:
@@ -178,44 +220,71 @@ def diagnose(model: nn.Module, images: Any, optimizer: Optimizer | None = None) 
     restored. Works for any network, with BatchNorm as well; a wrapper of DDP or `torch.compile` is
     looked through. Transposed convolutions are not measured.
 
+        >>> report = diagnose(nn.Conv2d(3, 8, 3), torch.randn(4, 3, 8, 8))
+        >>> report.layers[0].filters
+        8
+
     Args:
         model: the network.
         images: the batch: a tensor, a tuple of positional or a dictionary of keyword arguments.
-        optimizer: what trains the model. `FusedCZMSGD` knows the log-scales g, as the parameters
-            of `exp_scale(conv)` do; without, V is W itself and the scale 1. It also gives the
-            learning rates.
+        optimizer: the optimizer of the model, or a wrapper of it (Accelerate's, Lightning's).
+            `FusedCZMSGD` knows the log-scales g, as the parameters of `exp_scale(conv)` do;
+            without, V is W itself and the scale 1. It also gives the learning rates.
 
     Raises:
         TypeError: `model` is not a module, or `optimizer` not an optimizer.
         ValueError: the model has no convolution, none runs on `images`, a lazy one has no weight
-            yet, or `optimizer` trains none of the model's parameters.
+            yet, `optimizer` trains none of the model's parameters, or the model is scripted, traced
+            or exported.
+
+    Warns:
+        UserWarning: the output of a layer or of the model is constant, not finite, or, in a network
+            without normalisation, has a spread below 1e-3 or above 1e3; with names and remedy.
     """
     model = _unwrapped(model)
     convolutions = named_convolutions(model)
     if not convolutions:
         raise ValueError("model must have a convolution, but has none")
     _reshard(model)
-    learning_rates = _learning_rates(model, optimizer)
+    optimizer = _innermost(optimizer)
+    groups = _groups_of(model, optimizer)
     with torch.no_grad():
-        layers = [
-            _measure(name, convolution, learning_rates, optimizer)
-            for name, convolution in convolutions.items()
+        layers = [_measure(name, each, groups, optimizer) for name, each in convolutions.items()]
+    signals = {name: Signals() for name in convolutions}
+    order: list[str] = []
+    names = {convolution: name for name, convolution in convolutions.items()}
+    hooks: list[RemovableHandle] = []
+    for name, convolution in convolutions.items():
+        hooks += [
+            convolution.register_forward_pre_hook(signals[name].enter, with_kwargs=True),
+            convolution.register_forward_pre_hook(lambda each, _: order.append(names[each])),
+            convolution.register_forward_hook(signals[name].leave),
         ]
-    gains = {name: _SignalGain() for name in convolutions}
-    hooks = [
-        convolution.register_forward_pre_hook(gains[name].add, with_kwargs=True)
-        for name, convolution in convolutions.items()
-    ]
     try:
         with preserved(model), _uncompiled():
-            run_example(model.eval(), images)
+            output = run_example(model.eval(), images)
     finally:
         for hook in hooks:
             hook.remove()
         _reshard(model)
-    if not any(gain.ran for gain in gains.values()):
+    if not order:
         raise ValueError("images must reach a convolution of the model, but none ran on them")
-    return Report(tuple(replace(layer, signal_gain=gains[layer.name].value()) for layer in layers))
+    ranks = {name: depth for depth, name in enumerate(dict.fromkeys([*order, *convolutions]))}
+    measured = [
+        replace(
+            layer,
+            depth=ranks[layer.name],
+            output_spread=signals[layer.name].output_spread(),
+            signal_gain=signals[layer.name].gain(),
+        )
+        for layer in layers
+    ]
+    measured.sort(key=lambda layer: layer.depth)
+    spread = output_spread(output)
+    notes = tuple(_complaints(model, measured, spread))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return Report(tuple(measured), spread, notes)
 
 
 def watch(
@@ -225,8 +294,8 @@ def watch(
 
     Args:
         model: the network.
-        optimizer: what trains it; its `step()` is what is counted. A replayed CUDA graph runs no
-            hooks: call `diagnose` there.
+        optimizer: its optimizer, or a wrapper of it (Accelerate's, Lightning's); every `step()` of
+            the optimizer counts. A replayed CUDA graph runs no hooks: call `diagnose` there.
         images: the batch to measure on, always the same, so that what changes is the network.
         log: called as `log(report.as_dict(), step)`, as `wandb.log` and `mlflow.log_metrics` are.
         every: steps from one report to the next, 100 by default.
@@ -242,7 +311,8 @@ def watch(
         raise TypeError(f"log must be a function of a dictionary and a step, but was {log!r}")
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a positive whole number of steps, but was {every!r}")
-    _learning_rates(_unwrapped(model), optimizer)
+    inner = _innermost(optimizer)
+    _groups_of(_unwrapped(model), inner)
     steps = 0
 
     def after_step(*_: Any) -> None:
@@ -251,55 +321,62 @@ def watch(
         if steps % every == 0:
             log(diagnose(model, images, optimizer).as_dict(), steps)
 
-    return optimizer.register_step_post_hook(after_step)
+    return inner.register_step_post_hook(after_step)
 
 
-@dataclass
-class _SignalGain:
-    """Collects the power of a convolution's zero-mean input, and of what it makes of it."""
-
-    ran: bool = False
-    powers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def add(self, convolution: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: Tensor = args[0] if args else kwargs["input"]
-        self.ran = True
-        # A convolution also takes an image without the batch's dimension.
-        space = tuple(range(2 - convolution.weight.dim(), 0))
-        dtype = compute_dtype(x.dtype)
-        signal = x.to(dtype) - x.to(dtype).mean(dim=space, keepdim=True)
-        signal = signal.to(x.dtype)
-        response = convolution._conv_forward(signal, convolution.weight, None)
-        self.powers.append((_mean_square(signal), _mean_square(response)))
-
-    def value(self) -> float | None:
-        if not self.powers:
-            return None
-        given, returned = (torch.stack(p).sum() for p in zip(*self.powers, strict=True))
-        return None if given == 0 else (returned / given).sqrt().item()
+_NORMALISATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    return x.to(compute_dtype(x.dtype)).square().mean()
+def _complaints(
+    model: nn.Module, layers: list[LayerDiagnostics], spread: float | None
+) -> Iterator[str]:
+    """Say what is dead or explodes, and the remedy."""
+    # A normalisation makes the spread before it irrelevant, and rescales what comes after it once
+    # it has seen batches.
+    normalised = any(isinstance(module, _NORMALISATIONS) for module in model.modules())
+    dead, exploded = (0.0, float("inf")) if normalised else (DEAD, EXPLODED)
+    remedy = "measure the start on data, czm_init_(model, example_input=images)"
+    spreads = {layer.name: layer.output_spread for layer in layers}
+    ran = {name: each for name, each in spreads.items() if each is not None}
+    for names, what, else_remedy in (
+        ([n for n, s in ran.items() if s <= dead], f"dead, with a spread of {dead:g} or less", ""),
+        (
+            [n for n, s in ran.items() if not s < exploded],
+            "exploding" if normalised else f"exploding, with a spread of {exploded:g} or more",
+            ", or lower the learning rate",
+        ),
+    ):
+        if names:
+            yield f"the outputs of {shorten(names)} are {what}; {remedy}{else_remedy}"
+    if spread is not None and spread <= dead:
+        yield (
+            f"the output of the model is dead, with a spread of {spread:.1e} over the "
+            f"batch; {remedy}, or look at the classifier's weights"
+        )
+    elif spread is not None and not spread < exploded:
+        yield f"the output of the model explodes, with a spread of {spread:.1e}; {remedy}"
 
 
 def _measure(
     name: str,
     convolution: Convolution,
-    learning_rates: dict[Tensor, float],
+    groups: dict[Tensor, dict[str, Any]],
     optimizer: Optimizer | None,
 ) -> LayerDiagnostics:
     weight = _whole(convolution.weight)
-    trained, scale = _direction(convolution, weight, optimizer)
+    trained, scale = _direction(convolution, weight, groups, optimizer)
     norms = filter_norms(weight)
     direction_norms = norms / scale
     slices = weight.to(norms.dtype).flatten(2)
     means = slices.mean(dim=2, keepdim=True).expand_as(slices)
     distances = filter_norms(means) / torch.where(norms > 0, norms, 1)
-    lr = learning_rates.get(trained)
+    lr = float(groups[trained]["lr"]) if trained in groups else None
     return LayerDiagnostics(
         name,
+        0,
         len(weight),
+        _spread(norms),
+        None,
         _spread(direction_norms),
         _spread(scale),
         _spread(distances),
@@ -310,7 +387,10 @@ def _measure(
 
 
 def _direction(
-    convolution: Any, weight: Tensor, optimizer: Optimizer | None
+    convolution: Any,
+    weight: Tensor,
+    groups: dict[Tensor, dict[str, Any]],
+    optimizer: Optimizer | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the parameter that the optimizer steps, and the scale exp(g) of each filter."""
     if parametrize.is_parametrized(convolution, "weight"):
@@ -321,6 +401,10 @@ def _direction(
     state = {} if optimizer is None else optimizer.state.get(trained, {})
     if "log_scale" in state:
         return trained, _whole(state["log_scale"]).exp()
+    if isinstance(optimizer, FusedCZMSGD) and groups.get(trained, {}).get("exp_scale"):
+        # The first step of the optimizer starts from g = log ‖W‖, and from 0 where W = 0.
+        norms = filter_norms(weight)
+        return trained, torch.where(norms > 0, norms, 1)
     return trained, torch.ones_like(filter_norms(weight))
 
 
@@ -338,20 +422,30 @@ def _whole(x: Any) -> Tensor:
     return gathered.detach()
 
 
-def _learning_rates(model: nn.Module, optimizer: Optimizer | None) -> dict[Tensor, float]:
+def _innermost(optimizer: Any) -> Any:
+    """Return the torch optimizer in wrappers of it, as Accelerate and Lightning make them."""
+    while True:
+        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
+        if not isinstance(inner, Optimizer):
+            return optimizer
+        optimizer = inner
+
+
+def _groups_of(model: nn.Module, optimizer: Optimizer | None) -> dict[Tensor, dict[str, Any]]:
+    """Return the optimizer's group of each parameter."""
     if optimizer is None:
         return {}
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer or None, but was {type(optimizer).__name__}"
         )
-    rates = {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-    if not any(parameter in rates for parameter in model.parameters()):
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    if not any(parameter in groups for parameter in model.parameters()):
         raise ValueError(
             "optimizer must train the model, but holds none of its parameters; "
             "make it after converting or moving the model"
         )
-    return rates
+    return groups
 
 
 def _spread(values: Tensor) -> Spread:
@@ -364,6 +458,16 @@ def _format(spread: Spread | None) -> str:
     if spread is None:
         return "-"
     return f"{spread.median:.3g} [{spread.min:.3g}, {spread.max:.3g}]"
+
+
+def _format_number(number: float | None, spec: str = ".3g", unit: str = "") -> str:
+    return "-" if number is None else f"{number:{spec}}{unit}"
+
+
+def _is_finite(value: Spread | float | None) -> bool:
+    if value is None:
+        return False
+    return math.isfinite(value.median if isinstance(value, Spread) else value)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -162,11 +162,135 @@ def test_what_cannot_be_known_is_left_out():
         for layer in ("ran", "idle")
         for quantity in (
             *(f"{q}{of}" for q in ("direction_norm", "scale") for of in ("", "_min", "_max")),
-            *(f"isocline_distance{of}" for of in ("", "_min", "_max")),
+            *(f"{q}{of}" for q in ("isocline_distance", "gain") for of in ("", "_min", "_max")),
             "shift_gain",
         )
-    }
+    } | {"ran/output_spread", "output_spread"}
     assert " -" in str(report)
+
+
+def test_before_the_first_step_is_what_the_first_step_starts_from():
+    model, images = czm_init_(network()), torch.randn(4, 3, 7, 7)
+    optimizer = FusedCZMSGD(
+        czm_param_groups(model, overrides={"stem": {"lr": 0.05}}), lr=0.1, backend="reference"
+    )
+    before = diagnose(model, images, optimizer)
+    for layer, lr in zip(before.layers, (0.05, 0.1), strict=True):
+        assert seen(layer.direction_norm) == pytest.approx((1, 1, 1), rel=CLOSE)
+        assert seen(layer.scale) == pytest.approx((0.8,) * 3, rel=CLOSE)
+        assert seen(layer.effective_lr) == pytest.approx((lr,) * 3, rel=CLOSE)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    model(images).sum().backward()
+    optimizer.step()
+    for layer, now in zip(before.layers, diagnose(model, images, optimizer).layers, strict=True):
+        assert seen(now.scale) == pytest.approx(seen(layer.scale), rel=CLOSE)
+
+
+def test_before_the_first_step_without_exp_scale_the_direction_is_the_weight():
+    model, images = czm_init_(network()), torch.randn(4, 3, 7, 7)
+    for optimizer in (
+        FusedCZMSGD(model.parameters(), lr=0.1, exp_scale=False),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+    ):
+        layer = diagnose(model, images, optimizer).layers[0]
+        assert seen(layer.direction_norm) == pytest.approx((0.8,) * 3, rel=CLOSE)
+        assert seen(layer.scale) == (1, 1, 1)
+
+
+class Backwards(nn.Module):
+    """Registers its convolutions in the opposite order of their execution."""
+
+    def __init__(self):
+        super().__init__()
+        self.idle = nn.Conv2d(3, 3, 3)
+        self.second = nn.Conv2d(4, 5, 3)
+        self.first = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_layers_are_in_the_order_of_execution():
+    report = diagnose(Backwards(), torch.randn(4, 3, 7, 7))
+    assert [(e.name, e.depth) for e in report.layers] == [("first", 0), ("second", 1), ("idle", 2)]
+    images = torch.randn(4, 3, 8, 8)
+    czm, bn = (diagnose(cifar_resnet(8, norm=norm), images).layers for norm in ("czm", "bn"))
+    assert {layer.name for layer in czm}.isdisjoint(layer.name for layer in bn)
+    assert [layer.depth for layer in czm] == [layer.depth for layer in bn] == list(range(7))
+
+
+def test_spreads_are_those_of_the_outputs():
+    model, images = Backwards(), torch.randn(4, 3, 7, 7)
+    report = diagnose(model, images)
+    with torch.no_grad():
+        outputs = model.first(images), model(images)
+    spreads = [
+        math.sqrt(statistics.mean(statistics.pvariance(c.flatten().tolist()) for c in each))
+        for each in (output.transpose(0, 1) for output in outputs)
+    ]
+    assert [e.output_spread for e in report.layers[:2]] == pytest.approx(spreads, rel=CLOSE)
+    assert report.layers[2].output_spread is None
+    assert report.output_spread == pytest.approx(spreads[1], rel=CLOSE)
+    norms = [w.square().sum().sqrt().item() for w in model.first.weight]
+    assert seen(report.layers[0].gain) == pytest.approx(spread_of(norms), rel=CLOSE)
+    assert report.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("gain", "message"),
+    [
+        (1e-4, "outputs of 2, 4 are dead, .*czm_init_\\(model, example_input=images\\)"),
+        (1e2, "outputs of 4 are exploding, .*lower the learning rate"),
+    ],
+)
+def test_dead_and_exploding_layers_are_warned_about_by_name(gain, message):
+    convolutions = [nn.Conv2d(3, 3, 3, bias=False) for _ in range(3)]
+    model = nn.Sequential(
+        convolutions[0], nn.Identity(), convolutions[1], nn.Identity(), convolutions[2]
+    )
+    images = torch.randn(8, 3, 9, 9)
+    czm_init_(model, gain=1.0)
+    with torch.no_grad():
+        for convolution in convolutions[1:]:
+            convolution.weight *= gain
+    with pytest.warns(UserWarning, match=message):
+        report = diagnose(model, images)
+    assert any(note in str(report) for note in report.notes)
+
+
+@pytest.mark.filterwarnings("error")
+def test_spreads_before_a_normalisation_are_not_warned_about():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-20))
+    czm_init_(model, gain=1e-6)
+    diagnose(model.train(), torch.randn(4, 3, 8, 8))
+    with torch.no_grad():
+        model[1].running_var *= 1e-12
+    diagnose(model, torch.randn(4, 3, 8, 8))
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Holds an optimizer as Accelerate's does, without the hooks of its own base class."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+def test_watch_looks_through_wrappers_of_the_optimizer():
+    model, images = network(), torch.randn(4, 3, 7, 7)
+    optimizer = trained(model, images)
+    wrapped = Wrapper(Wrapper(optimizer))
+    logged = []
+    with watch(model, wrapped, images, log=lambda d, n: logged.append((n, d)), every=1):
+        wrapped.step()
+    assert logged == [(1, diagnose(model, images, optimizer).as_dict())]
+    assert diagnose(model, images, wrapped) == diagnose(model, images, optimizer)
 
 
 def test_filters_of_zeros():
@@ -231,7 +355,10 @@ def test_compiled_and_wrapped_models(tmp_path):
     compiled_before = len(graphs)
     assert diagnose(compiled, images).as_dict() == expected
     measured = diagnose(parts, images).as_dict()
-    assert measured == {f"0.{name}": number for name, number in expected.items()}
+    assert measured == {
+        name if name == "output_spread" else f"0.{name}": number
+        for name, number in expected.items()
+    }
     # Nothing is compiled for the sake of a report.
     assert len(graphs) == compiled_before > 0
 
@@ -278,17 +405,24 @@ def test_watch_logs_every_so_many_steps():
     assert len(logged) == 4
 
 
-def test_table_and_plot():
+def test_table_and_plot(tmp_path):
     pytest.importorskip("matplotlib")
     model, images = network(), torch.randn(4, 3, 7, 7)
     report = diagnose(model, images, trained(model, images))
     lines = str(report).splitlines()
-    assert len(lines) == 3 and all(word in lines[0] for word in ("‖V‖", "exp(g)", "effective lr"))
+    assert len(lines) == 4 and all(word in lines[0] for word in ("‖V‖", "exp(g)", "effective lr"))
     assert f"{report.layers[1].rejection_db:.1f} dB" in lines[2]
     panels = report.plot().axes
-    assert [len(axes.lines[0].get_xdata()) for axes in panels] == [2] * 5
-    # Without an optimizer, nothing is known of the effective learning rate.
-    assert len(diagnose(model, images).plot().axes[-1].lines[0].get_xdata()) == 0
+    assert [axes.lines[0].get_xdata().tolist() for axes in panels] == [[0, 1]] * 6
+    # Without an optimizer, nothing is known of the effective learning rate: no empty panel.
+    assert len(diagnose(model, images).plot().axes) == 5
+    html = report._repr_html_()
+    assert html.startswith("<table>") and len(html) < 2000
+    assert report.plot()._repr_png_().startswith(b"\x89PNG")
+    for suffix, start in (("svg", b"<?xml"), ("pdf", b"%PDF")):
+        path = tmp_path / f"layers.{suffix}"
+        report.plot().savefig(path)
+        assert path.read_bytes().startswith(start)
 
 
 def test_plot_without_matplotlib(monkeypatch):

@@ -185,3 +185,14 @@ def test_training_saves_half_of_what_batch_norm_saves():
     theirs = bytes_saved_for_backward(cifar_resnet(20, "bn"), x)
     # Four activations a unit against two; the noise's factors are the slack.
     assert ours <= 0.53 * theirs
+
+
+@pytest.mark.parametrize("capture", [torch.jit.script, torch.fx.symbolic_trace])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("noise_on", NOISE_ON)
+def test_cifar_resnet_can_be_captured(capture, norm, noise_on):
+    model = cifar_resnet(8, norm, noise=0.1, noise_on=noise_on)
+    images = torch.randn(2, 3, 16, 16)
+    assert not torch.equal(capture(model)(images), capture(model)(images))
+    model.eval()
+    torch.testing.assert_close(capture(model)(images), model(images))

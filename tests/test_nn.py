@@ -10,10 +10,19 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from czm_fused.nn import CZMBasicBlock, CZMConv1d, CZMConv2d, CZMConv3d, exp_scale
+from czm_fused.nn import (
+    ChannelAffine,
+    ChannelNoise,
+    Copy,
+    CZMBasicBlock,
+    CZMConv1d,
+    CZMConv2d,
+    CZMConv3d,
+    exp_scale,
+)
 from czm_fused.ops import backends
 from czm_fused.ops import exp_scale as ops
 
@@ -84,6 +93,13 @@ def test_czm_conv_starts_as_the_paper_says():
     before = convolution.weight.clone()
     convolution.reset_parameters()
     assert not torch.equal(before, convolution.weight)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_czm_conv_can_be_scripted(ours, theirs):
+    convolution = ours(3, 4, 3)
+    x = torch.randn(2, 3, *[5] * (convolution.weight.dim() - 2))
+    assert torch.equal(torch.jit.script(convolution)(x), convolution(x))
 
 
 def test_stem_is_keyword_only_and_torch_s_arguments_keep_their_places():
@@ -307,6 +323,12 @@ def test_exp_scale_refuses_what_has_no_filters_along_dimension_0():
         exp_scale(exp_scale(nn.Conv2d(3, 4, 3)))
     with pytest.raises(ValueError, match="no weight yet"):
         exp_scale(nn.LazyConv2d(4, 3))
+    with pytest.raises(ValueError, match="a hook computes it; .*prune.remove"):
+        exp_scale(prune.identity(nn.Conv2d(3, 4, 3), "weight"))
+    with pytest.raises(ValueError, match="scripted or traced by torch.jit"):
+        exp_scale(torch.jit.script(nn.Conv2d(3, 4, 3)))
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+        exp_scale(torch.ones(4, 3, 3, 3))
     with pytest.raises(ValueError, match="conv must have a parameter `weight`.*ReLU"):
         exp_scale(nn.ReLU())
 
@@ -355,3 +377,48 @@ def test_basic_block_keeps_two_activations_and_the_noise(backend):
     # Of three units: the input and two activations each, and u for each.
     assert sorted(numels) == [8 * 4] * 3 + [x.numel()] * 7
     output.sum().backward()
+
+
+def captured(module, how):
+    return torch.jit.script(module) if how == "script" else torch.fx.symbolic_trace(module)
+
+
+@pytest.mark.parametrize("how", ["script", "fx"])
+@pytest.mark.parametrize("training", [False, True])
+def test_basic_block_can_be_captured(how, training):
+    block = CZMBasicBlock(4, 6, 2, amplitude=0.5, branch_amplitude=0.25).train(training)
+    x = torch.rand(200, 4, 6, 6)
+    actual, expected = captured(block, how)(x), block.eval()(x)
+    if not training:
+        assert torch.equal(actual, expected)
+        return
+    # Without the branch's noise, only the output's is left, one number a channel.
+    block = CZMBasicBlock(4, 6, 2, amplitude=0.5)
+    ratio = captured(block, how)(x) / block.eval()(x)
+    ratios = ratio.flatten(2).nanmean(dim=2)
+    assert 0.5 <= ratios.nan_to_num(1.0).min() < 0.55
+    assert 1.45 < ratios.nan_to_num(1.0).max() <= 1.5 + 1e-6
+
+
+@pytest.mark.parametrize("how", ["script", "fx"])
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4), (2, 3, 4, 5), (2, 3, 4, 5, 2)])
+def test_replacements_of_batch_norm_can_be_captured(how, shape):
+    x = torch.randn(shape)
+    weight, bias = torch.randn(3), torch.randn(3)
+    space = [1] * (len(shape) - 2)
+    affine = captured(ChannelAffine(weight, bias), how)
+    torch.testing.assert_close(affine(x), x * weight.view(3, *space) + bias.view(3, *space))
+    assert torch.equal(captured(Copy(), how)(x), x)
+    noisy = captured(ChannelNoise(0.5), how)(x)
+    assert noisy.shape == x.shape
+    ratio = (noisy / x).flatten(2) if space else (noisy / x)[..., None]
+    torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio))
+    assert ((ratio >= 0.499) & (ratio <= 1.501)).all() and ratio.unique().numel() > 1
+    assert torch.equal(captured(ChannelNoise(0.5).eval(), how)(x), x)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4, 5)])
+def test_channel_affine_keeps_the_layout(shape):
+    affine = ChannelAffine(torch.randn(3), torch.randn(3))
+    for x in (torch.randn(shape), lay_out(torch.randn(shape), "channels_last")):
+        assert affine(x).stride() == x.stride()

@@ -1,1 +1,1 @@
-"""Helpers of the package's own modules; nothing here is public."""
+"""Modules that only this package uses: nothing here is public."""

@@ -1,0 +1,69 @@
+"""Measure the signals of a convolution in a forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from czm_fused.ops.step.spec import compute_dtype
+
+
+@dataclass
+class Signals:
+    """The signals of one convolution in a forward pass, over all its runs."""
+
+    powers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    variances: list[Tensor] = field(default_factory=list)
+
+    def enter(self, convolution: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the input, as a forward pre-hook with keyword arguments."""
+        x: Tensor = args[0] if args else kwargs["input"]
+        # A convolution also takes an image without the batch's dimension.
+        space = tuple(range(2 - convolution.weight.dim(), 0))
+        dtype = compute_dtype(x.dtype)
+        signal = x.to(dtype) - x.to(dtype).mean(dim=space, keepdim=True)
+        signal = signal.to(x.dtype)
+        response = convolution._conv_forward(signal, convolution.weight, None)
+        self.powers.append((_mean_square(signal), _mean_square(response)))
+
+    def leave(self, convolution: Any, _: Any, output: Tensor) -> None:
+        """Record the output, as a forward hook."""
+        batched = output if output.dim() == convolution.weight.dim() else output.unsqueeze(0)
+        self.variances.append(_variance(batched))
+
+    def gain(self) -> float | None:
+        """Return the root mean square of the responses over that of the zero-mean inputs."""
+        if not self.powers:
+            return None
+        given, returned = (torch.stack(p).sum() for p in zip(*self.powers, strict=True))
+        return None if given == 0 else (returned / given).sqrt().item()
+
+    def output_spread(self) -> float | None:
+        """Return the spread of the outputs, or None if there was none."""
+        return torch.stack(self.variances).mean().sqrt().item() if self.variances else None
+
+
+def _variance(output: Tensor) -> Tensor:
+    """Return the variance over all dimensions but 1, averaged over dimension 1."""
+    channels = output.to(compute_dtype(output.dtype)).transpose(0, 1).flatten(1)
+    return channels.var(dim=1, correction=0).mean()
+
+
+def output_spread(output: Any) -> float | None:
+    """Return the spread of the first floating-point tensor in `output`, or None without one.
+
+    The spread is the standard deviation over samples and positions, the root mean square over
+    channels.
+    """
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0:
+            return _variance(leaf if leaf.dim() > 1 else leaf.unsqueeze(1)).sqrt().item()
+    return None
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.to(compute_dtype(x.dtype)).square().mean()
