@@ -289,6 +289,9 @@ class _Planner:
         for name, module in self.modules.items():
             if isinstance(module, _BatchNorm):
                 changes.append(self._change(name, module))
+            elif "parametrizations" in name.split("."):
+                # weight_norm and its like normalise weights.
+                continue
             elif _is_other_normalisation(module):
                 kind = type(module).__name__
                 changes.append(Change(name, kind, LEFT, remark="not a BatchNorm of torch or timm"))
@@ -323,12 +326,12 @@ class _Planner:
         return Change(name, kind, REMOVED, names, biases, remark, copies)
 
     def _why_left(self, name: str, norm: _BatchNorm, inputs: list[Value]) -> str:
+        if parametrize.is_parametrized(norm):
+            return "it is parametrized"
         if not _computes_batch_norm(norm):
             return "a subclass of BatchNorm with a forward pass of its own"
         if _has_hooks(norm):
             return "it has hooks"
-        if parametrize.is_parametrized(norm):
-            return "it is parametrized"
         if name in self.flow.reads:
             attributes = shorten(sorted(self.flow.reads[name])) or "tensors"
             return f"the forward pass reads its {attributes} elsewhere"
