@@ -19,6 +19,7 @@ SIZES = (32, 28, 64, 96, 224, 256, 299)
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restore on exit the attributes and buffers of `model` and the state of torch's generators."""
     attributes = {module: dict(vars(module)) for module in model.modules()}
+    modes = {module: module.training for module in model.modules()}
     buffers = [
         (module, name, buffer, buffer._version, buffer.detach().clone())
         for module in model.modules()
@@ -34,6 +35,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for module, values in attributes.items():
             vars(module).clear()
             vars(module).update(values)
+        # The attributes of scripted modules are not in their dictionaries.
+        for module, training in modes.items():
+            module.training = training
         with torch.no_grad():
             for module, name, buffer, version, content in buffers:
                 module._buffers[name] = buffer

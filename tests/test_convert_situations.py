@@ -187,7 +187,7 @@ def test_weights_that_hooks_compute(compute):
     images = torch.randn(2, 3, 8, 8)
     expected = evaluated(model, images)
     twin = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="of '0' must be a parameter, but a hook computes it"):
+    with pytest.raises(ValueError, match="'0' must be a parameter, but a hook computes it"):
         convert(model, from_pretrained=False)
     assert all(torch.equal(value, twin[key]) for key, value in model.state_dict().items())
     plan = converted(model, from_pretrained=True)
@@ -198,10 +198,7 @@ def test_weights_that_hooks_compute(compute):
 def test_parametrized_batch_norm_stays():
     model = nn.Sequential(conv(3), nn.BatchNorm2d(4))
     torch.nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Softplus())
-    assert (
-        remarks(converted(model))["1"].startswith("a subclass")
-        or "parametrized" in remarks(plan_conversion(model))["1"]
-    )
+    assert remarks(converted(model)) == {"1": "it is parametrized"}
 
 
 def test_parametrized_convolutions_are_initialised():
