@@ -420,7 +420,7 @@ def _warn_of_plan(plan: ConversionPlan) -> None:
 
 
 def _warn_of_optimizers(model: nn.Module, plan: ConversionPlan) -> None:
-    """Warn of the optimizers and groups that exist already and lack the parameters to come."""
+    """Warn of optimizers, groups and wrappers that exist and lack the parameters to come."""
     affine = any(change.action == AFFINE for change in plan.changes)
     if not plan.biases and not affine:
         return
@@ -433,13 +433,13 @@ def _warn_of_optimizers(model: nn.Module, plan: ConversionPlan) -> None:
     if names:
         warnings.warn(
             f"{shorten(names)} made before convert will not train the parameters that it adds; "
-            "make optimizers and parameter groups from the converted model",
+            "make it from the converted model",
             stacklevel=3,
         )
 
 
 def _holders(parameters: set[int]) -> list[str]:
-    """Return the class names of the optimizers and groups alive that hold any of `parameters`."""
+    """Return the class names of the objects alive that hold any of `parameters` for training."""
     names = []
     for each in gc.get_objects():
         # isinstance would ask proxies for their class, which can import what they stand for.
@@ -447,6 +447,8 @@ def _holders(parameters: set[int]) -> list[str]:
             groups = getattr(each, "param_groups", [])
         elif issubclass(type(each), ParamGroups):
             groups = each
+        elif issubclass(type(each), nn.parallel.DistributedDataParallel):
+            groups = [{"params": list(each.parameters())}]
         else:
             continue
         if any(id(parameter) in parameters for group in groups for parameter in group["params"]):
