@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.utils import parametrize
 
-from czm_fused._internal.convertible import check_convertible, check_untrained, check_weights
+from czm_fused._internal.convertible import check_convertible, check_untrained
 from czm_fused._internal.dataflow import DataFlow, Value, follow
 from czm_fused._internal.replacement import (
     add_bias,
@@ -163,7 +163,7 @@ def convert(
     The plan, and the start of each layer, are logged by `logging` at level INFO.
 
     Args:
-        model: the network, on any device; not yet compiled, wrapped, sharded or scripted.
+        model: the network, on any device; not yet compiled, wrapped or sharded.
         example_input: a batch of real inputs, 16 or more: a tensor, a tuple of positional or a
             dictionary of keyword arguments for `model`. Forward passes on it, in eval and in
             training mode, show which convolutions feed which BatchNorm, and set the scales. If
@@ -182,9 +182,8 @@ def convert(
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
-        ValueError: as in `plan_conversion` and `calibrate_`; `gain` is not a positive number, or
-            given with `from_pretrained`; `noise` is outside [0, 1); or the weight of a convolution
-            that would be initialised is computed by a hook, as by pruning. The model is as it was.
+        ValueError: as in `plan_conversion`, `czm_init_` and `calibrate_`; `gain` is given with
+            `from_pretrained`; or `noise` is outside [0, 1). The model is as it was.
 
     Warns:
         UserWarning: a normalisation stays, the forward pass fails in training mode, an optimizer
@@ -202,8 +201,6 @@ def convert(
             f"gain must be None with from_pretrained=True, which keeps the weights, but was {gain}"
         )
     convolutions = named_convolutions(model)
-    if not plan.from_pretrained:
-        check_weights(convolutions)
     _warn_of_optimizers(model, plan)
     with undone_on_error(model, convolutions.values()):
         _carry_out(model, plan, noise)
@@ -230,10 +227,11 @@ def plan_conversion(
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
-        ValueError: `model` is compiled, wrapped, sharded or scripted, has a lazy module that has
-            not been initialised, has running statistics of a training while `from_pretrained` is
-            None, or does not run on `example_input` in eval mode; there is no `example_input`, and
-            the model does not run on zeros; or `stem` is not a convolution of `model`.
+        ValueError: `model` is compiled, wrapped, sharded, scripted or exported, has a lazy module
+            that has not been initialised, has running statistics of a training while
+            `from_pretrained` is None, or does not run on `example_input` in eval mode; there is no
+            `example_input`, and the model does not run on zeros; or `stem` is not a convolution of
+            `model`.
     """
     check_convertible(model)
     check_initialised(model)

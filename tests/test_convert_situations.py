@@ -325,7 +325,7 @@ def test_model_compiled_in_place_is_refused():
 
 def test_what_is_no_module_is_refused():
     model = nn.Sequential(conv(3), nn.BatchNorm2d(4))
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, but was a tuple"):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, but was of type tuple"):
         convert((model, None))
 
 
