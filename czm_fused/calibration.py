@@ -320,11 +320,17 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _spread(x: Tensor) -> float:
-    """Return the standard deviation over all but dimension 1, the root mean square over that."""
+    """Return the standard deviation over all but dimension 1, the root mean square over that.
+
+    0 where that is no more than the rounding of a constant.
+    """
     x = x.detach().to(_compute_dtype(x))
     if x.dim() < 2:
         x = x.reshape(-1, 1)
-    return x.transpose(0, 1).flatten(1).var(dim=1, correction=0).mean().sqrt().item()
+    channels = x.transpose(0, 1).flatten(1)
+    spread = channels.var(dim=1, correction=0).mean().sqrt().item()
+    rounding = 4 * torch.finfo(x.dtype).eps * channels.square().mean().sqrt().item()
+    return 0.0 if spread < rounding else spread
 
 
 def _output_spread(output: Any) -> float:

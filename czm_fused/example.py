@@ -31,9 +31,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, version, content in buffers:
                 module._buffers[name] = buffer
-                # To write is to change, which autograd would hold against graphs that exist.
-                if buffer._version != version:
+                # A write makes graphs stale that exist, so unchanged buffers are left alone. Batch
+                # normalisation writes its running statistics without a new version.
+                if buffer._version != version or not _same(buffer, content):
                     buffer.copy_(content)
+
+
+def _same(buffer: torch.Tensor, content: torch.Tensor) -> bool:
+    return buffer.is_meta or torch.equal(buffer, content)
 
 
 def run_example(model: nn.Module, example_input: Any) -> Any:
