@@ -41,9 +41,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, version, content in buffers:
                 module._buffers[name] = buffer
-                # A write bumps the version, and autograd then refuses graphs that saved the buffer.
-                if buffer._version != version:
+                # A write makes graphs stale that exist, so unchanged buffers are left alone. Batch
+                # normalisation writes its running statistics without a new version.
+                if buffer._version != version or not _same(buffer, content):
                     buffer.copy_(content)
+
+
+def _same(buffer: Tensor, content: Tensor) -> bool:
+    return buffer.is_meta or torch.equal(buffer, content)
 
 
 def zeros_for(model: nn.Module, first: Convolution) -> Tensor:
