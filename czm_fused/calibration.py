@@ -1,10 +1,10 @@
-"""calibrate_(): the scale that every convolution starts with, measured on the user's own data."""
+"""calibrate_(): a start for every convolution, measured on the user's own data."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from czm_fused._internal.residual import branch_ends
 from czm_fused._internal.text import format_table, shorten
 from czm_fused.example import preserved, run_example
 from czm_fused.init import Convolution, named_convolutions
@@ -28,11 +29,22 @@ BRANCH = 0.5
 """The spread of the last convolution of a residual branch, as a share of the target."""
 
 NOISE_BATCH = 32
-NOISE_SIZES = {3: (256,), 4: (32, 64, 96, 224), 5: (16, 32)}
+NOISE_SIZES = {3: (256, 1024), 4: (64, 32, 28, 96, 224), 5: (32, 16)}
 """Lengths of the spatial dimensions to try for a batch of noise, by its number of dimensions."""
 
 DEAD, EXPLODED = 1e-3, 1e3
 """Spreads of the model's output outside of which a start is warned about."""
+
+NEVER_RAN, CONSTANT, NOT_FINITE = "never ran", "constant output", "output not finite"
+COMPUTED = "weight computed by a hook"
+
+REMEDIES = {
+    NEVER_RAN: "pass an example_input that reaches them, or set their scale by hand",
+    CONSTANT: "pass a batch of different real inputs, and look at what comes before them",
+    NOT_FINITE: "look for a division or an overflow before them",
+    COMPUTED: "remove the hook, or calibrate before it is registered",
+}
+"""What to do about convolutions that are left as they are."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class LayerStart:
         before: the spread of its output with the weight as it was, its input calibrated; NaN if it
             never ran.
         after: the spread after calibration.
-        remark: "branch" for the last convolution of a residual branch; or why it was left alone.
+        remark: "branch" for the last convolution of a residual branch; or why it is as it was.
     """
 
     name: str
@@ -59,8 +71,8 @@ class LayerStart:
 class CalibrationReport:
     """What `calibrate_` measured and set; printed, a table.
 
-    The spread of a tensor is its standard deviation over images and positions, the root mean square
-    over channels.
+    The spread of a tensor is its standard deviation over samples and positions, the root mean
+    square over channels.
 
     Attributes:
         layers: the convolutions in the order of execution, then those that never ran.
@@ -101,28 +113,37 @@ def calibrate_(
     *,
     target: float = TARGET,
     branch: float = BRANCH,
+    center: bool = True,
     seed: int = 0,
 ) -> CalibrationReport:
-    """Scale every convolution of `model` in place so that its output starts with one spread.
+    """Give the output of every convolution of `model` the same spread and the mean 0, in place.
 
-    One pass over `example_input` in the order of execution: the filters of a convolution are all
-    multiplied by one factor, which brings the standard deviation of its output, over images and
-    positions, to `target`, before the next convolution sees it. The last convolution of a residual
-    branch, the one whose output is added to a shortcut, is brought to `branch * target`. Nothing
-    else of the model is changed: directions of filters, biases, linear layers, buffers, modes and
-    the state of torch's generators stay.
+    One pass over `example_input` in the order of execution. Each convolution, before the next one
+    sees its output, has all its filters multiplied by one factor, so that the standard deviation of
+    its output over samples and positions is `target`, and its bias set so that the mean of every
+    channel is 0 (Salimans and Kingma, arXiv 1602.07868, section 3, by layer instead of by filter):
 
-    A convolution that runs several times, or shares its weight, is scaled at its first run. One
-    that runs in training mode alone (an auxiliary head) is scaled in a second pass in that mode.
-    Transposed convolutions are left alone.
+        s    = target / sqrt(mean_f var(W[f] * x))
+        W[f] <- s W[f]
+        b[f] <- -mean(W[f] * x)
+
+    The last convolution of a residual branch, whose output is added to a shortcut, gets the spread
+    `branch * target`, so that the shortcut carries the signal. Nothing else is changed: directions
+    of filters, linear layers, buffers, modes and the state of torch's generators stay.
+
+    A convolution that runs several times, or shares its weight, is set at its first run. One that
+    runs in training mode alone (an auxiliary head) is set in a pass of its own in that mode.
+    Transposed convolutions are left as they are.
 
     Args:
-        model: the network, initialised by `czm_init_` or by `convert`; on any device.
+        model: the network, initialised by `czm_init_` or by `convert`, on any device; not compiled.
         example_input: a batch of real inputs, 16 or more: a tensor, a tuple of positional or a
-            dictionary of keyword arguments. If None, noise with the spectrum of images, of the
-            channels of the first convolution and 32 to 224 pixels.
+            dictionary of keyword arguments. If None, noise with as much power in every octave, as
+            natural images have, with the channels of the first convolution and 64 pixels, or
+            another usual size if the model does not take that.
         target: the spread of the output of a convolution. Default 1.
         branch: the spread of a residual branch as a share of `target`. Default 0.5.
+        center: whether biases are set; False leaves them. Default True.
         seed: of the noise. Default 0.
 
     Returns:
@@ -131,141 +152,185 @@ def calibrate_(
 
     Raises:
         ValueError: `target` or `branch` is not a positive number; the model has no convolution;
-            `example_input` is one sample, constant, not finite, or of another dtype or device than
-            the model; or the model fails on it in eval mode. Nothing has been changed then.
+            `example_input` is one sample, constant, not finite, of another dtype or device than
+            the model, or reaches no convolution; or the model fails on it in eval mode. The model
+            is as it was then.
 
     Warns:
-        UserWarning: a convolution never ran or its output is constant (it keeps its weight), or the
-            output of the model is dead or explodes; with the names and the remedy.
+        UserWarning: a convolution never ran, or its output is constant or not finite (it is left as
+            it was), or the output of the model is dead or explodes; with the names and the remedy.
     """
     for name, value in (("target", target), ("branch", branch)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be a positive number, but was {value}")
     convolutions = named_convolutions(model)
     if not convolutions:
-        raise ValueError("model must have a convolution, but has none; there is nothing to scale")
+        raise ValueError("model must have a convolution, but had none; there is nothing to scale")
     notes: list[str] = []
     if example_input is None:
         example_input = _noise_for(model, convolutions, seed)
         size = "x".join(map(str, example_input.shape))
-        notes.append(f"measured on noise, {size}: pass a batch of real inputs for a better start")
+        notes.append(f"measured on noise, {size}: a batch of real inputs gives a better start")
     else:
         _check_example(convolutions, example_input)
 
-    pass_ = _Calibration(convolutions, target, branch)
     with _undone_on_error(convolutions), preserved(model):
         _to_measuring_mode(model)
         output_before = _output_spread(_run(model, example_input))
-        pass_.branch_ends = _branch_ends(model, convolutions, example_input)
-        with pass_.hooked():
-            _run(model, example_input)
-        if not pass_.layers:
+        ends = branch_ends(model, convolutions, example_input)
+        calibration = _Calibration(convolutions, ends, target, branch, center)
+        with calibration.hooked():
+            output_after = _output_spread(_run(model, example_input))
+        if not calibration.layers:
             raise ValueError(
-                "example_input must reach a convolution of the model, but none ran on it"
+                "example_input must reach a convolution of the model, but none ran on it; "
+                "pass what the model takes in training"
             )
-        if len(pass_.layers) < len(convolutions):
-            _run_training_mode(model, example_input, pass_, notes)
-        _to_measuring_mode(model)
-        output_after = _output_spread(_run(model, example_input))
-    notes += pass_.complaints()
-    notes += _output_complaints(output_after)
-    for note in notes:
-        if note.startswith("warning: "):
-            warnings.warn(note.removeprefix("warning: "), stacklevel=2)
-    return CalibrationReport(tuple(pass_.all_layers()), output_before, output_after, tuple(notes))
+        if len(calibration.layers) < len(convolutions):
+            model.train()
+            try:
+                with calibration.hooked():
+                    run_example(model, example_input)
+            except Exception as error:
+                notes.append(
+                    "what runs in training mode alone was not measured, as the forward pass "
+                    f"failed there ({type(error).__name__}: {error})"
+                )
+    layers = calibration.all_layers()
+    complaints = [*_layer_complaints(layers), *_output_complaints(output_after)]
+    for complaint in complaints:
+        warnings.warn(complaint, stacklevel=2)
+    return CalibrationReport(layers, output_before, output_after, (*notes, *complaints))
 
 
 class _Calibration:
-    """Scales convolutions as they run, each at its first run."""
+    """Sets convolutions as they run, each at its first run."""
 
     def __init__(
-        self, convolutions: dict[str, Convolution], target: float, branch: float
+        self,
+        convolutions: dict[str, Convolution],
+        ends: set[str],
+        target: float,
+        branch: float,
+        center: bool,
     ) -> None:
         self.convolutions = convolutions
         self.names = {convolution: name for name, convolution in convolutions.items()}
-        self.target = target
-        self.branch = branch
-        self.branch_ends: set[str] = set()
+        self.targets = {name: target * (branch if name in ends else 1) for name in convolutions}
+        self.ends = ends
+        self.center = center
         self.layers: dict[str, LayerStart] = {}
-        self.scaled_weights: dict[int, str] = {}
+        self.owners: dict[int, str] = {}
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        hooks = [each.register_forward_hook(self._scale) for each in self.names]
+        hooks = [each.register_forward_hook(self._set) for each in self.names]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _scale(self, convolution: Any, _: Any, output: Tensor) -> Tensor | None:
+    def _set(self, convolution: Any, _: Any, output: Tensor) -> Tensor | None:
         name = self.names[convolution]
         if name in self.layers:
             return None
         before = _spread(output)
-        stored = _stored_weight(convolution)
-        owner = self.scaled_weights.setdefault(id(stored), name)
-        remark = "branch" if name in self.branch_ends else ""
-        if owner != name:
-            self.layers[name] = self._layer(name, before, before, f"shares {owner!r}'s weight")
+        owner = name
+        for parameter in _parameters(convolution):
+            owner = self.owners.setdefault(id(parameter), owner)
+        why_not = (
+            f"shares the weight of {owner!r}"
+            if owner != name
+            else COMPUTED
+            if not _has_settable_weight(convolution)
+            else CONSTANT
+            if before == 0
+            else NOT_FINITE
+            if not math.isfinite(before)
+            else ""
+        )
+        if why_not:
+            self._record(name, before, before, why_not)
             return None
-        if not 0 < before < math.inf:
-            remark = "constant output" if before == 0 else "output not finite"
-            self.layers[name] = self._layer(name, before, before, remark)
-            return None
-        target = self.target * (self.branch if name in self.branch_ends else 1)
-        factor = target / before
+        factor = self.targets[name] / before
         if parametrize.is_parametrized(convolution, "weight"):
             convolution.weight = convolution.weight * factor
         else:
             convolution.weight.mul_(factor)
-        self.layers[name] = self._layer(name, before, target, remark)
+        self._record(name, before, self.targets[name], "branch" if name in self.ends else "")
         if convolution.bias is None:
             return output * factor
-        bias = convolution.bias.view(-1, *[1] * (convolution.weight.dim() - 2))
-        return (output - bias) * factor + bias
+        shape = (-1, *[1] * (convolution.weight.dim() - 2))
+        result = (output - convolution.bias.view(shape)) * factor
+        if self.center:
+            space = tuple(range(-len(shape) + 1, 0))
+            means = result.to(_compute_dtype(result)).mean(dim=space)
+            convolution.bias.copy_(-(means.mean(dim=0) if means.dim() > 1 else means))
+        return result + convolution.bias.view(shape)
 
-    def _layer(self, name: str, before: float, after: float, remark: str) -> LayerStart:
-        return LayerStart(name, _gain(self.convolutions[name]), before, after, remark)
+    def _record(self, name: str, before: float, after: float, remark: str) -> None:
+        self.layers[name] = LayerStart(name, _gain(self.convolutions[name]), before, after, remark)
 
-    def all_layers(self) -> Iterator[LayerStart]:
-        yield from self.layers.values()
-        for name, convolution in self.convolutions.items():
-            if name not in self.layers:
-                yield LayerStart(name, _gain(convolution), math.nan, math.nan, "never ran")
+    def all_layers(self) -> tuple[LayerStart, ...]:
+        missing = [
+            LayerStart(name, _gain(convolution), math.nan, math.nan, NEVER_RAN)
+            for name, convolution in self.convolutions.items()
+            if name not in self.layers
+        ]
+        return (*self.layers.values(), *missing)
 
-    def complaints(self) -> Iterator[str]:
-        remedies = {
-            "never ran": "name an example_input that reaches them, or leave them to their start",
-            "constant output": "pass a batch of different inputs, or look at what comes before",
-            "output not finite": "look for a division or an overflow before them",
-        }
-        for remark, remedy in remedies.items():
-            names = [layer.name for layer in self.all_layers() if layer.remark == remark]
-            if names:
-                yield f"warning: {remark}, weight kept: {shorten(names)}; {remedy}"
+
+def _layer_complaints(layers: tuple[LayerStart, ...]) -> Iterator[str]:
+    for remark, remedy in REMEDIES.items():
+        names = [layer.name for layer in layers if layer.remark == remark]
+        if names:
+            yield f"convolutions left as they were ({remark}): {shorten(names)}; {remedy}"
+
+
+def _output_complaints(spread: float) -> Iterator[str]:
+    look = "look at the initialisation of what follows the last convolution, as the classifier"
+    if spread < DEAD:
+        yield f"the model starts dead, its output with a spread of {spread:.1e}; {look}"
+    elif spread > EXPLODED:
+        yield f"the model starts exploded, its output with a spread of {spread:.1e}; {look}"
+    elif math.isnan(spread):
+        yield "the model's output holds no floating-point tensor, or NaN; its start is unknown"
+
+
+def _has_settable_weight(convolution: Any) -> bool:
+    return "weight" in convolution._parameters or parametrize.is_parametrized(convolution, "weight")
+
+
+def _parameters(convolution: Any) -> list[Tensor]:
+    """Return the tensors that hold the weight."""
+    if parametrize.is_parametrized(convolution, "weight"):
+        return list(convolution.parametrizations.weight.parameters())
+    weight = convolution._parameters.get("weight")
+    return [] if weight is None else [weight]
 
 
 def _gain(convolution: Convolution) -> float:
-    weight = convolution.weight.detach().float()
-    return weight.flatten(1).norm(dim=1).median().item()
+    weight = convolution.weight.detach()
+    return weight.to(_compute_dtype(weight)).flatten(1).norm(dim=1).median().item()
 
 
-def _stored_weight(convolution: Any) -> Tensor:
-    if parametrize.is_parametrized(convolution, "weight"):
-        original: Tensor = next(convolution.parametrizations.weight.parameters())
-        return original
-    weight: Tensor = convolution.weight
-    return weight
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
-def _spread(output: Tensor) -> float:
-    """Return the standard deviation over all but dimension 1, the root mean square over that."""
-    output = output.detach().double() if output.dtype == torch.float64 else output.detach().float()
-    if output.dim() < 2:
-        output = output.unsqueeze(1)
-    channels = output.transpose(0, 1).flatten(1)
-    return channels.var(dim=1, correction=0).mean().sqrt().item()
+def _spread(x: Tensor) -> float:
+    """Return the standard deviation over all but dimension 1, the root mean square over that.
+
+    0 where that is no more than the rounding of a constant.
+    """
+    x = x.detach().to(_compute_dtype(x))
+    if x.dim() < 2:
+        x = x.reshape(-1, 1)
+    channels = x.transpose(0, 1).flatten(1)
+    spread = channels.var(dim=1, correction=0).mean().sqrt().item()
+    rounding = 4 * torch.finfo(x.dtype).eps * channels.square().mean().sqrt().item()
+    return 0.0 if spread < rounding else spread
 
 
 def _output_spread(output: Any) -> float:
@@ -275,21 +340,8 @@ def _output_spread(output: Any) -> float:
     return math.nan
 
 
-def _output_complaints(spread: float) -> Iterator[str]:
-    if spread < DEAD:
-        yield (
-            f"warning: the output starts dead, with a spread of {spread:.1e}: something after the "
-            "last convolution shrinks it; look at the initialisation of the classifier"
-        )
-    elif not spread < EXPLODED:
-        yield (
-            f"warning: the output explodes at the start, with a spread of {spread:.1e}: lower "
-            "branch, or look at the initialisation of the classifier"
-        )
-
-
 def _to_measuring_mode(model: nn.Module) -> None:
-    """Switch dropout and noise off, but let the normalisations that stay normalise."""
+    """Turn dropout and noise off, but let the normalisations that stay normalise."""
     model.eval()
     for module in model.modules():
         if isinstance(module, _NormBase):
@@ -301,42 +353,23 @@ def _run(model: nn.Module, example_input: Any) -> Any:
         return run_example(model, example_input)
     except Exception as error:
         raise ValueError(
-            "model must run on example_input in eval mode, but raised "
-            f"{type(error).__name__}: {error}; pass a batch as the model takes it in training"
+            "example_input must be a batch that model takes in eval mode, but the model raised "
+            f"{type(error).__name__}: {error}"
         ) from error
-
-
-def _run_training_mode(
-    model: nn.Module, example_input: Any, pass_: _Calibration, notes: list[str]
-) -> None:
-    model.train()
-    try:
-        with pass_.hooked():
-            run_example(model, example_input)
-    except Exception as error:
-        notes.append(
-            "warning: what runs in training mode alone was not measured, as the forward pass "
-            f"failed there ({type(error).__name__}: {error})"
-        )
 
 
 @contextmanager
 def _undone_on_error(convolutions: dict[str, Convolution]) -> Iterator[None]:
-    weights = [_stored for c in convolutions.values() for _stored in _weight_tensors(c)]
-    contents = [weight.detach().clone() for weight in weights]
+    tensors = [tensor for each in convolutions.values() for tensor in _parameters(each)]
+    tensors += [each.bias for each in convolutions.values() if each.bias is not None]
+    contents = [tensor.detach().clone() for tensor in tensors]
     try:
         yield
     except BaseException:
         with torch.no_grad():
-            for weight, content in zip(weights, contents, strict=True):
-                weight.copy_(content)
+            for tensor, content in zip(tensors, contents, strict=True):
+                tensor.copy_(content)
         raise
-
-
-def _weight_tensors(convolution: Any) -> list[Tensor]:
-    if parametrize.is_parametrized(convolution, "weight"):
-        return list(convolution.parametrizations.weight.parameters())
-    return [convolution.weight]
 
 
 def _check_example(convolutions: dict[str, Convolution], example_input: Any) -> None:
@@ -382,7 +415,7 @@ def _noise_for(model: nn.Module, convolutions: dict[str, Convolution], seed: int
         next(iter(convolutions.values())),
     )
     weight = stem.weight
-    errors = []
+    failure = ""
     for size in NOISE_SIZES[weight.dim()]:
         space = (size,) * (weight.dim() - 2)
         noise = _image_noise((NOISE_BATCH, stem.in_channels, *space), seed)
@@ -393,9 +426,9 @@ def _noise_for(model: nn.Module, convolutions: dict[str, Convolution], seed: int
                 run_example(model, noise)
             return noise
         except Exception as error:
-            errors.append(f"{'x'.join(map(str, noise.shape))}: {type(error).__name__}: {error}")
+            failure = failure or f"{type(error).__name__}: {error}"
     raise ValueError(
-        f"example_input must be given, as the model does not run on noise ({errors[-1]}); "
+        f"example_input must be given, as the model does not run on noise ({failure}); "
         "pass a batch of real inputs"
     )
 
@@ -410,123 +443,3 @@ def _image_noise(shape: tuple[int, ...], seed: int) -> Tensor:
         coarse = torch.randn(*shape[:2], *[2**octave] * (len(shape) - 2), generator=generator)
         total += F.interpolate(coarse, shape[2:], mode=mode, align_corners=False)
     return total / total.std()
-
-
-def _branch_ends(
-    model: nn.Module, convolutions: dict[str, Convolution], example_input: Any
-) -> set[str]:
-    """Return the convolutions whose output is added to a shortcut: the ends of residual branches.
-
-    They are read off autograd's graph of a pass over two samples. Of the two operands of a sum,
-    the branch is the one with more convolutions on its way from the input.
-    """
-    nodes: dict[Any, str] = {}
-
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            if output.grad_fn is not None:
-                nodes[output.grad_fn] = name
-
-        return hook
-
-    hooks = [c.register_forward_hook(note(name)) for name, c in convolutions.items()]
-    try:
-        with torch.enable_grad():
-            output = _call(model, _differentiable(_first_samples(example_input)))
-    except Exception:
-        return set()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    roots = [
-        leaf.grad_fn
-        for leaf in tree_leaves(output)
-        if isinstance(leaf, Tensor) and leaf.grad_fn is not None
-    ]
-    order = _topological(roots)
-    depths: dict[Any, int] = {}
-    for node in order:
-        below = [depths[each] for each, _ in node.next_functions if each is not None]
-        depths[node] = max(below, default=0) + (node in nodes)
-    ends = set()
-    for node in order:
-        if not _is_sum(node):
-            continue
-        operands = [each for each, _ in node.next_functions[:2] if each is not None]
-        if len(operands) < 2 or depths[operands[0]] == depths[operands[1]]:
-            continue
-        branch, shortcut = sorted(operands, key=lambda each: depths[each], reverse=True)
-        end = _source(branch, nodes)
-        if end is not None and not shortcut.name().endswith("AccumulateGrad"):
-            ends.add(end)
-    return ends
-
-
-HOMOGENEOUS = (
-    "Alias", "AsStrided", "AvgPool", "AdaptiveAvgPool", "Clone", "ConstantPadNd", "Div", "Dropout",
-    "Elu", "Expand", "Gelu", "Hardswish", "LeakyRelu", "MaxPool", "MeanBackward", "Mish", "Mul",
-    "NativeDropout", "Permute", "Relu", "Reshape", "Silu", "Slice", "Squeeze", "ToCopy",
-    "Transpose", "UnsafeView", "Unsqueeze", "Upsample", "View",
-)  # fmt: skip
-"""Autograd nodes through which the scale of a convolution's output reaches a sum."""
-
-
-def _source(node: Any, nodes: Mapping[Any, str]) -> str | None:
-    """Return the convolution whose output `node` is but for operations that keep its scale."""
-    while node not in nodes:
-        if not node.name().startswith(HOMOGENEOUS):
-            return None
-        found = [each for each, _ in node.next_functions if each is not None]
-        sources = {_source(each, nodes) for each in found} if len(found) > 1 else set()
-        if len(found) != 1:
-            sources.discard(None)
-            return sources.pop() if len(sources) == 1 else None
-        node = found[0]
-    return nodes[node]
-
-
-def _is_sum(node: Any) -> bool:
-    name: str = node.name()
-    return name.startswith(("AddBackward", "SubBackward")) or "AddRelu" in name
-
-
-def _topological(roots: list[Any]) -> list[Any]:
-    """Return the nodes of autograd's graph, each after those that it is computed from."""
-    order: list[Any] = []
-    seen = set()
-    stack = [(root, False) for root in roots]
-    while stack:
-        node, expanded = stack.pop()
-        if expanded:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack += [(each, False) for each, _ in node.next_functions if each is not None]
-    return order
-
-
-def _first_samples(example_input: Any) -> Any:
-    tensors = [x for x in tree_leaves(example_input) if isinstance(x, Tensor)]
-    lengths = {len(x) if x.dim() else 0 for x in tensors}
-    if len(lengths) != 1:
-        return example_input
-    return tree_map(lambda x: x[:2] if isinstance(x, Tensor) else x, example_input)
-
-
-def _differentiable(example_input: Any) -> Any:
-    def copy(x: Any) -> Any:
-        if isinstance(x, Tensor) and x.is_floating_point():
-            # A leaf may not be changed in place; its copy may.
-            return x.detach().clone().requires_grad_() * 1
-        return x
-
-    return tree_map(copy, example_input)
-
-
-def _call(model: nn.Module, example_input: Any) -> Any:
-    if isinstance(example_input, Mapping):
-        return model(**example_input)
-    if isinstance(example_input, (tuple, list)):
-        return model(*example_input)
-    return model(example_input)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.utils import parametrize
 
-from czm_fused._internal.convertible import check_convertible, check_untrained, check_weights
+from czm_fused._internal.convertible import check_convertible, check_untrained
 from czm_fused._internal.dataflow import DataFlow, Value, follow
 from czm_fused._internal.replacement import (
     add_bias,
@@ -163,7 +163,7 @@ def convert(
     The plan, and the start of each layer, are logged by `logging` at level INFO.
 
     Args:
-        model: the network, on any device; not yet compiled, wrapped, sharded or scripted.
+        model: the network, on any device; not yet compiled, wrapped or sharded.
         example_input: a batch of real inputs, 16 or more: a tensor, a tuple of positional or a
             dictionary of keyword arguments for `model`. Forward passes on it, in eval and in
             training mode, show which convolutions feed which BatchNorm, and set the scales. If
@@ -182,9 +182,8 @@ def convert(
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
-        ValueError: as in `plan_conversion` and `calibrate_`; `gain` is not a positive number, or
-            given with `from_pretrained`; `noise` is outside [0, 1); or the weight of a convolution
-            that would be initialised is computed by a hook, as by pruning. The model is as it was.
+        ValueError: as in `plan_conversion`, `czm_init_` and `calibrate_`; `gain` is given with
+            `from_pretrained`; or `noise` is outside [0, 1). The model is as it was.
 
     Warns:
         UserWarning: a normalisation stays, the forward pass fails in training mode, an optimizer
@@ -202,8 +201,6 @@ def convert(
             f"gain must be None with from_pretrained=True, which keeps the weights, but was {gain}"
         )
     convolutions = named_convolutions(model)
-    if not plan.from_pretrained:
-        check_weights(convolutions)
     _warn_of_optimizers(model, plan)
     with undone_on_error(model, convolutions.values()):
         _carry_out(model, plan, noise)
@@ -230,10 +227,11 @@ def plan_conversion(
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
-        ValueError: `model` is compiled, wrapped, sharded or scripted, has a lazy module that has
-            not been initialised, has running statistics of a training while `from_pretrained` is
-            None, or does not run on `example_input` in eval mode; there is no `example_input`, and
-            the model does not run on zeros; or `stem` is not a convolution of `model`.
+        ValueError: `model` is compiled, wrapped, sharded, scripted or exported, has a lazy module
+            that has not been initialised, has running statistics of a training while
+            `from_pretrained` is None, or does not run on `example_input` in eval mode; there is no
+            `example_input`, and the model does not run on zeros; or `stem` is not a convolution of
+            `model`.
     """
     check_convertible(model)
     check_initialised(model)
@@ -289,6 +287,9 @@ class _Planner:
         for name, module in self.modules.items():
             if isinstance(module, _BatchNorm):
                 changes.append(self._change(name, module))
+            elif "parametrizations" in name.split("."):
+                # weight_norm and its like normalise weights.
+                continue
             elif _is_other_normalisation(module):
                 kind = type(module).__name__
                 changes.append(Change(name, kind, LEFT, remark="not a BatchNorm of torch or timm"))
@@ -323,12 +324,12 @@ class _Planner:
         return Change(name, kind, REMOVED, names, biases, remark, copies)
 
     def _why_left(self, name: str, norm: _BatchNorm, inputs: list[Value]) -> str:
+        if parametrize.is_parametrized(norm):
+            return "it is parametrized"
         if not _computes_batch_norm(norm):
             return "a subclass of BatchNorm with a forward pass of its own"
         if _has_hooks(norm):
             return "it has hooks"
-        if parametrize.is_parametrized(norm):
-            return "it is parametrized"
         if name in self.flow.reads:
             attributes = shorten(sorted(self.flow.reads[name])) or "tensors"
             return f"the forward pass reads its {attributes} elsewhere"
@@ -417,7 +418,7 @@ def _warn_of_plan(plan: ConversionPlan) -> None:
 
 
 def _warn_of_optimizers(model: nn.Module, plan: ConversionPlan) -> None:
-    """Warn of the optimizers and groups that exist already and lack the parameters to come."""
+    """Warn of optimizers, groups and wrappers that exist and lack the parameters to come."""
     affine = any(change.action == AFFINE for change in plan.changes)
     if not plan.biases and not affine:
         return
@@ -430,13 +431,13 @@ def _warn_of_optimizers(model: nn.Module, plan: ConversionPlan) -> None:
     if names:
         warnings.warn(
             f"{shorten(names)} made before convert will not train the parameters that it adds; "
-            "make optimizers and parameter groups from the converted model",
+            "make it from the converted model",
             stacklevel=3,
         )
 
 
 def _holders(parameters: set[int]) -> list[str]:
-    """Return the class names of the optimizers and groups alive that hold any of `parameters`."""
+    """Return the class names of the objects alive that hold any of `parameters` for training."""
     names = []
     for each in gc.get_objects():
         # isinstance would ask proxies for their class, which can import what they stand for.
@@ -444,6 +445,8 @@ def _holders(parameters: set[int]) -> list[str]:
             groups = getattr(each, "param_groups", [])
         elif issubclass(type(each), ParamGroups):
             groups = each
+        elif issubclass(type(each), nn.parallel.DistributedDataParallel):
+            groups = [{"params": list(each.parameters())}]
         else:
             continue
         if any(id(parameter) in parameters for group in groups for parameter in group["params"]):

@@ -19,6 +19,7 @@ SIZES = (32, 28, 64, 96, 224, 256, 299)
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restore on exit the attributes and buffers of `model` and the state of torch's generators."""
     attributes = {module: dict(vars(module)) for module in model.modules()}
+    modes = {module: module.training for module in model.modules()}
     buffers = [
         (module, name, buffer, buffer._version, buffer.detach().clone())
         for module in model.modules()
@@ -34,12 +35,20 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for module, values in attributes.items():
             vars(module).clear()
             vars(module).update(values)
+        # The attributes of scripted modules are not in their dictionaries.
+        for module, training in modes.items():
+            module.training = training
         with torch.no_grad():
             for module, name, buffer, version, content in buffers:
                 module._buffers[name] = buffer
-                # A write bumps the version, and autograd then refuses graphs that saved the buffer.
-                if buffer._version != version:
+                # A write makes graphs stale that exist, so unchanged buffers are left alone. Batch
+                # normalisation writes its running statistics without a new version.
+                if buffer._version != version or not _same(buffer, content):
                     buffer.copy_(content)
+
+
+def _same(buffer: Tensor, content: Tensor) -> bool:
+    return buffer.is_meta or torch.equal(buffer, content)
 
 
 def zeros_for(model: nn.Module, first: Convolution) -> Tensor:

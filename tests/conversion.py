@@ -9,7 +9,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from czm_fused import convert, plan_conversion
 from czm_fused.conversion import ConversionPlan
 
+IMAGE = torch.zeros(1, 3, 8, 8)
+
 ARGUMENTS_OF_PLAN = ("example_input", "stem", "from_pretrained")
+
+
+class Function(nn.Module):
+    """A network given by its modules and a function of them and the input."""
+
+    def __init__(self, function, **modules):
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def conv(inputs=4, outputs=4, **options):
+    return nn.Conv2d(inputs, outputs, 3, padding=1, **{"bias": False, **options})
 
 
 def randomised(model: nn.Module) -> nn.Module:

@@ -6,33 +6,23 @@ import copy
 
 import pytest
 import torch
-from conversion import actions, converted, evaluated, randomised, relative_difference, remarks
+from conversion import (
+    IMAGE,
+    Function,
+    actions,
+    conv,
+    converted,
+    evaluated,
+    randomised,
+    relative_difference,
+    remarks,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from czm_fused import FusedCZMSGD, convert, czm_param_groups
+from czm_fused import FusedCZMSGD, convert, czm_param_groups, plan_conversion
 from czm_fused.nn import ChannelAffine, CZMConv2d, exp_scale
-
-IMAGE = torch.zeros(1, 3, 8, 8)
-
-
-class Function(nn.Module):
-    """A network given by its modules and a function of them and the input."""
-
-    def __init__(self, function, **modules):
-        super().__init__()
-        self.function = function
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-def conv(inputs=4, outputs=4, **options):
-    return nn.Conv2d(inputs, outputs, 3, padding=1, **{"bias": False, **options})
-
 
 MODES = pytest.mark.parametrize("from_pretrained", [False, True], ids=["scratch", "pretrained"])
 
@@ -59,8 +49,9 @@ def test_pretrained_network_goes_on_training():
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[1]
 
 
+@pytest.mark.parametrize("example_input", [IMAGE, None], ids=["example", "zeros"])
 @MODES
-def test_dry_run_prints_the_plan_and_changes_nothing(capsys, from_pretrained):
+def test_plan_conversion_changes_nothing(example_input, from_pretrained):
     model = randomised(
         nn.Sequential(conv(3), nn.BatchNorm2d(4), nn.Dropout(), nn.GroupNorm(2, 4), conv())
     )
@@ -70,10 +61,11 @@ def test_dry_run_prints_the_plan_and_changes_nothing(capsys, from_pretrained):
     versions = [tensor._version for tensor in model.state_dict().values()]
     modules = list(model.modules())
     options = {"example_input": example_input, "from_pretrained": from_pretrained}
-    returned, planned = convert(model, dry_run=True, **options)
+    plan = plan_conversion(model, **options)
 
-    assert returned is model and list(model.modules()) == modules
-    assert [module.training for module in model.modules()] == [m.training for m in twin.modules()]
+    assert list(map(type, model.modules())) == list(map(type, twin.modules()))
+    assert list(model.modules()) == modules
+    assert [module.training for module in modules] == [m.training for m in twin.modules()]
     assert model.state_dict().keys() == twin.state_dict().keys()
     assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
     assert versions == [tensor._version for tensor in model.state_dict().values()]
@@ -81,14 +73,20 @@ def test_dry_run_prints_the_plan_and_changes_nothing(capsys, from_pretrained):
     assert not any(hasattr(module, "stem") for module in modules)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
-    table = capsys.readouterr().out.splitlines()
-    assert table == str(planned).splitlines()
+    table = str(plan).splitlines()
     action = "folded" if from_pretrained else "removed"
     assert table[0].split() == ["normalisation", "type", "action", "convolutions", "remark"]
     assert table[1].split() == ["1", "BatchNorm2d", action, "0", "(+", "bias)"]
-    assert table[2].split() == ["3", "GroupNorm", "left", "not", "a", "BatchNorm"]
-    assert converted(model, **options) == planned
-    assert capsys.readouterr().out == ""
+    assert table[2].split()[:6] == ["3", "GroupNorm", "left", "not", "a", "BatchNorm"]
+    assert "1 convolutions gain a bias" in table[-1]
+
+
+def test_plan_shows_as_html():
+    plan = plan_conversion(nn.Sequential(conv(3), nn.BatchNorm2d(4)))
+    html = plan._repr_html_()
+    assert "<td>BatchNorm2d</td><td>removed</td><td>0 (+ bias)</td>" in html
+    assert html.startswith("<table><thead><tr><th>normalisation</th>")
+    assert "<p>stem: &#x27;0&#x27; (the first to run)</p>" in html
 
 
 class OwnForward(nn.BatchNorm2d):
@@ -110,7 +108,11 @@ UNKNOWN = {
         "'linear', a Linear",
     ),
     "transposed": (lambda m, x: m.norm(m.up(m.conv(x))), nn.BatchNorm2d(4), "a ConvTranspose2d"),
-    "weight": (lambda m, x: m.norm(m.conv(x) * m.table), nn.BatchNorm2d(4), "a weight of the model itself"),
+    "weight": (
+        lambda m, x: m.norm(m.conv(x) * m.table),
+        nn.BatchNorm2d(4),
+        "a weight of the model itself",
+    ),
     "mixed": (
         lambda m, x: m.norm(torch.cat([m.conv(x), m.up(m.conv(x))], 1)),
         nn.BatchNorm2d(8),
@@ -161,8 +163,7 @@ def test_any_convolution_and_batch_norm(convolution, norm, shape, from_pretraine
     model = copy.deepcopy(model).double()
     inputs = torch.randn(shape, dtype=torch.float64)
     expected = evaluated(model, inputs)
-    example = None if example_input is None else inputs
-    plan = converted(model, example_input=example, from_pretrained=from_pretrained)
+    plan = converted(model, example_input=inputs, from_pretrained=from_pretrained)
     assert actions(plan) == {"0.1": "folded" if from_pretrained else "removed"}
     assert isinstance(model[0][1], nn.Identity)
     assert model[0][0].bias.dtype == torch.float64
@@ -256,7 +257,7 @@ def test_batch_norm_shields_its_input_from_changes_in_place(function, inplace, c
 def test_modules_under_several_names_are_converted_once():
     block = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU())
     model = nn.Sequential(conv(3), block, nn.Sequential(block), nn.ModuleDict({"a": block})["a"])
-    plan = converted(randomised(model), example_input=IMAGE)
+    plan = converted(model, example_input=IMAGE)
     assert actions(plan) == {"1.1": "removed"}
     assert isinstance(block[1], nn.Identity) and block[0].bias is not None
     assert not any(isinstance(module, _BatchNorm) for module in model.modules())
@@ -279,11 +280,10 @@ def test_output_of_the_model_is_not_folded():
         features = m.conv(x)
         return {"features": features, "logits": m.norm(features)}
 
-    for example_input in (IMAGE, None):
-        model = Function(function, conv=conv(3), norm=nn.BatchNorm2d(4))
-        plan = converted(model, example_input=IMAGE, from_pretrained=True)
-        assert actions(plan) == {"norm": "affine"}
-        assert "the output of the model" in remarks(plan)["norm"]
+    model = Function(function, conv=conv(3), norm=nn.BatchNorm2d(4))
+    plan = converted(model, example_input=IMAGE, from_pretrained=True)
+    assert actions(plan) == {"norm": "affine"}
+    assert "the output of the model" in remarks(plan)["norm"]
 
 
 def test_heads_that_run_in_training_alone_are_converted():
@@ -291,25 +291,25 @@ def test_heads_that_run_in_training_alone_are_converted():
         x = m.conv(x)
         return m.norm(m.head(x)) if m.training else x
 
-    for example_input in (IMAGE, None):
-        model = Function(function, conv=conv(3), head=conv(), norm=nn.BatchNorm2d(4)).eval()
-        assert actions(converted(model, example_input=IMAGE)) == {"norm": "removed"}
-        assert not model.training
+    model = Function(function, conv=conv(3), head=conv(), norm=nn.BatchNorm2d(4)).eval()
+    assert actions(converted(model, example_input=IMAGE)) == {"norm": "removed"}
+    assert not model.training
 
 
 def test_buffers_that_the_pass_changes_are_restored():
     def function(m, x):
         m.count = m.count + 1
         m.total.add_(x.sum() + 1)
+        m.features = x
         return m.norm(m.conv(x))
 
     model = Function(function, conv=conv(3), norm=nn.BatchNorm2d(4))
     model.register_buffer("count", torch.zeros(()))
     model.register_buffer("total", torch.zeros(()))
     buffers = dict(model.named_buffers())
-    convert(model, example_input=IMAGE, dry_run=True)
+    plan_conversion(model, example_input=IMAGE)
     assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
-    assert model.count == model.total == 0
+    assert model.count == model.total == 0 and not hasattr(model, "features")
 
 
 def test_failure_in_training_mode_is_noted():
@@ -318,35 +318,31 @@ def test_failure_in_training_mode_is_noted():
             raise RuntimeError("needs targets")
         return m.norm(m.conv(x))
 
-    for example_input in (IMAGE, None):
-        model = Function(function, conv=conv(3), norm=nn.BatchNorm2d(4))
-        plan = converted(model, example_input=IMAGE)
-        assert actions(plan) == {"norm": "removed"}
-        assert "needs targets" in str(plan)
-
-
-def test_model_that_fx_cannot_trace_needs_an_example():
-    def function(m, x):
-        return m.norm(m.conv(x)) if x.sum() == 0 else x
-
     model = Function(function, conv=conv(3), norm=nn.BatchNorm2d(4))
-    weight = model.conv.weight.detach().clone()
-    with pytest.raises(ValueError, match="example_input must be given"):
+    plan = converted(model, example_input=IMAGE)
+    assert actions(plan) == {"norm": "removed"}
+    assert "needs targets" in str(plan)
+
+
+def test_model_that_does_not_run_on_zeros_needs_an_example():
+    model = nn.Sequential(conv(3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 64, 2))
+    weight = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="example_input must be given, as .* on zeros of 3 channe"):
         convert(model)
-    assert torch.equal(model.conv.weight, weight)
-    assert actions(converted(model, example_input=IMAGE)) == {"norm": "removed"}
+    assert torch.equal(model[0].weight, weight)
+    assert actions(converted(model, example_input=IMAGE)) == {"1": "removed"}
 
 
 @pytest.mark.parametrize(
     "example_input", [(IMAGE, 2.0), {"x": IMAGE, "scale": 2.0}, {"x": IMAGE}, None]
 )
-def test_arguments_of_any_kind():
+def test_arguments_of_any_kind(example_input):
     class Scaled(nn.Sequential):
         def forward(self, x, scale=None):
             return super().forward(x if scale is None else x * scale)
 
     model = Scaled(conv(3), nn.BatchNorm2d(4))
-    assert actions(converted(model, example_input=IMAGE)) == {"1": "removed"}
+    assert actions(converted(model, example_input=example_input)) == {"1": "removed"}
 
 
 @pytest.mark.parametrize(
@@ -356,6 +352,9 @@ def test_arguments_of_any_kind():
         ({"stem": nn.Conv2d(3, 4, 3)}, "stem must be a convolution"),
         ({"gain": 0.0}, "gain must be a positive number"),
         ({"gain": float("nan")}, "gain must be a positive number"),
+        ({"gain": 0.8, "from_pretrained": True}, "gain must be None with from_pretrained=True"),
+        ({"noise": 1.0}, r"noise must be in \[0, 1\)"),
+        ({"noise": -0.1}, r"noise must be in \[0, 1\)"),
     ],
 )
 def test_bad_arguments_change_nothing(arguments, message):
@@ -376,8 +375,8 @@ def test_example_that_fails_changes_nothing():
     model = randomised(nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(), conv(3))).train()
     twin = copy.deepcopy(model)
     state = torch.get_rng_state()
-    with pytest.raises(RuntimeError):
-        convert(model, example_input=torch.zeros(1, 5, 8, 8))
+    with pytest.raises(ValueError, match="model must run on example_input in eval mode, but raise"):
+        convert(model, example_input=torch.zeros(1, 5, 8, 8), from_pretrained=False)
     assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -395,19 +394,19 @@ def test_stem_is_found_marked_and_keeps_its_means():
     # A mean of 9 weights below 0.8, in float32: zero to 9 * 2^-24.
     assert means["later"] < 6e-7 < 1e-3 < means["reader"]
 
-    assert converted(model, stem="later").stem == ("later",)
+    assert converted(model, example_input=IMAGE, stem="later").stem == ("later",)
     assert czm_param_groups(model)[0]["param_names"] == ["later.weight"]
 
 
 def test_generator_and_gain_reach_the_initialisation():
-    def converted(seed):
+    def initialised(seed):
         model = nn.Sequential(conv(3), nn.BatchNorm2d(4))
         convert(model, generator=torch.Generator().manual_seed(seed), gain=0.5)
         return model[0].weight.detach()
 
-    assert torch.equal(converted(1), converted(1))
-    assert not torch.equal(converted(1), converted(2))
-    torch.testing.assert_close(converted(1).flatten(1).norm(dim=1), torch.full((4,), 0.5))
+    assert torch.equal(initialised(1), initialised(1))
+    assert not torch.equal(initialised(1), initialised(2))
+    torch.testing.assert_close(initialised(1).flatten(1).norm(dim=1), torch.full((4,), 0.5))
 
 
 def test_parametrized_convolutions_are_not_folded():
@@ -421,14 +420,13 @@ def test_parametrized_convolutions_are_not_folded():
     assert relative_difference(evaluated(model, images), expected) < 6e-6
 
 
-@pytest.mark.parametrize("example_input", [IMAGE.bfloat16(), None], ids=["example", "zeros"])
 def test_half_weights_with_float32_batch_norm():
     torch.manual_seed(0)
     model = randomised(nn.Sequential(conv(3), nn.BatchNorm2d(4), nn.ReLU()))
     model[0].bfloat16()
     images = torch.randn(2, 3, 8, 8).bfloat16()
     expected = evaluated(model, images)
-    convert(model, example_input=IMAGE, from_pretrained=True)
+    convert(model, from_pretrained=True)
     assert model[0].weight.dtype == model[0].bias.dtype == torch.bfloat16
     # Weights and outputs are rounded to 8 bits: a few times 2^-9.
     assert relative_difference(evaluated(model, images), expected) < 4 * 2**-9

@@ -95,20 +95,16 @@ def follow(model: nn.Module, example_input: Any) -> DataFlow:
     flow = DataFlow()
     recorder = _Recorder(model, flow)
     with preserved(model):
-        model.eval()
         try:
-            recorder.record(example_input)
+            recorder.record(example_input, training=False)
         except Exception as error:
             raise ValueError(
                 "model must run on example_input in eval mode, but raised "
                 f"{type(error).__name__}: {error}; pass a batch as the model takes it"
             ) from error
     with preserved(model):
-        model.train()
-        for norm in recorder.norms:
-            norm.eval()
         try:
-            recorder.record(example_input)
+            recorder.record(example_input, training=True)
         except Exception as error:
             flow.notes.append(
                 "what runs in training mode alone was not seen, as the forward pass failed there "
@@ -135,7 +131,12 @@ class _Recorder(TorchDispatchMode):
         self.outputs: list[tuple[StorageWeakRef, Value]] = []
         self.running: list[nn.Module] = []
 
-    def record(self, example_input: Any) -> None:
+    def record(self, example_input: Any, training: bool) -> None:
+        # Models may override train(), and read their BatchNorms there.
+        with self._watched_norms():
+            self.model.train(training)
+        for norm in self.norms:
+            norm.eval()
         self.running.clear()
         self.outputs.clear()
         hooks = []

@@ -18,13 +18,14 @@ def undone_on_error(model: nn.Module, changed: Iterable[nn.Module]) -> Iterator[
 
     Args:
         model: the model.
-        changed: its modules whose parameters may be written to, and are restored as well.
+        changed: its modules whose parameters and buffers are restored as well.
     """
     modules = [
         (module, dict(vars(module)), dict(module._modules), dict(module._parameters))
         for module in model.modules()
     ]
-    contents = [(each, each.detach().clone()) for m in changed for each in m.parameters()]
+    tensors = [each for module in changed for each in (*module.parameters(), *module.buffers())]
+    contents = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield
     except BaseException:
@@ -36,8 +37,8 @@ def undone_on_error(model: nn.Module, changed: Iterable[nn.Module]) -> Iterator[
             module._parameters.clear()
             module._parameters.update(parameters)
         with torch.no_grad():
-            for parameter, content in contents:
-                parameter.copy_(content)
+            for tensor, content in contents:
+                tensor.copy_(content)
         raise
 
 
