@@ -14,218 +14,184 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from czm_fused import FusedCZMSGD, convert, czm_param_groups
-from czm_fused.calibration import _spread, calibrate_
+from czm_fused.calibration import calibrate_
 
+from .data import Images
 from .networks import NETWORKS
 
-HELD_OUT = 5_000
-DEPTHWISE = ("mobilenet_v2", "efficientnet_b0", "shufflenet_v2")
+FLOAT32 = ("mobilenet_v2", "efficientnet_b0", "shufflenet_v2")
+"""Networks with depthwise convolutions, which bfloat16 slows on a CPU; autocast for the others."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a training depends on.
+    """All that a training depends on.
 
     Attributes:
         network: one of `NETWORKS`.
-        method: "bn" or "czm".
-        lr: of the filters (bn: of everything).
-        lr_bias, lr_head: of biases and of linear layers; None: `lr`.
-        g_rate: the rate of g as a share of `lr`.
-        g_bound: how far g may go from its start; 0: as far as it likes.
-        clip: bound of the norm of all gradients; 0: none.
-        agc: bound of the norm of a filter's gradient dV; 0: none.
+        method: "bn", momentum SGD with weight decay 5e-4, or "czm".
+        steps, batch: how many steps, of how many images.
+        lr: rate of the filters (bn: of everything), half a cosine.
+        lr_bias, lr_head: rates of biases and of linear layers; None: `lr`.
+        g_rate: rate of the log-scales g as a share of `lr`.
         warmup: steps of linear warm-up.
+        zmg, luma: of `FusedCZMSGD`.
+        clip: bound of the norm of all gradients; 0: none.
+        agc: bound of the norm of dV of one filter, whose norm ‖V‖ is about 1; 0: none.
+        start: "calibrated" by `calibrate_`, or "gain": every filter has the norm `gain`.
+        target, branch, center: of `calibrate_`.
+        depthwise_zero_mean: whether depthwise filters start and stay at zero mean, as others do.
+        noise: of `convert`.
+        seed: of the weights and of the order of images.
+        split: "held_out" or "test", the images of the accuracy.
     """
 
     network: str
     method: str = "czm"
-    steps: int = 470
+    steps: int = 1500
     batch: int = 64
     lr: float = 0.1
     lr_bias: float | None = None
     lr_head: float | None = None
     g_rate: float = 1.0
-    g_bound: float = 0.0
-    momentum: float = 0.9
-    warmup: int = 0
+    warmup: int = 100
     zmg: float = 0.85
     luma: float = 5e-4
     clip: float = 0.0
-    agc: float = 0.0
+    agc: float = 0.05
     start: str = "calibrated"
     gain: float = 0.8
     target: float = 1.0
     branch: float = 0.5
     center: bool = True
     depthwise_zero_mean: bool = False
-    pointwise_zero_mean: bool = False
-    gate: float = 0.0
-    head_scale: float = 1.0
     noise: float = 0.0
     seed: int = 0
     split: str = "held_out"
 
 
-class Images:
-    """CIFAR-10 at 16 pixels, in memory, normalised as it is read."""
+class ClippedCZMSGD(FusedCZMSGD):
+    """FusedCZMSGD with a bound on each filter's gradient and a rate of their own for log-scales.
 
-    def __init__(self, path: Path, split: str) -> None:
-        data = torch.load(path)
-        self.mean, self.std = (data[k].view(1, 3, 1, 1) * 255 for k in ("mean", "std"))
-        count = len(data["train_labels"]) - HELD_OUT
-        self.train = data["train_images"][:count], data["train_labels"][:count]
-        if split == "test":
-            self.test = data["test_images"], data["test_labels"]
-        else:
-            self.test = data["train_images"][count:], data["train_labels"][count:]
+    Args:
+        params: as in `FusedCZMSGD`.
+        agc: bound of ‖dV[f]‖ = exp(g[f]) ‖dW[f]‖; 0: none.
+        g_rate: rate of g as a share of the learning rate.
+        defaults: as in `FusedCZMSGD`.
+    """
 
-    def inputs(self, images: Tensor) -> Tensor:
-        x = (images.float() - self.mean) / self.std
-        return x.contiguous(memory_format=torch.channels_last)
-
-    def batches(self, steps: int, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        images, labels = self.train
-        while True:
-            order = torch.randperm(len(labels), generator=generator)
-            for chosen in order.split(size):
-                if steps == 0:
-                    return
-                if len(chosen) < size:
-                    continue
-                flips = torch.rand(size, generator=generator) < 0.5
-                x = images[chosen]
-                x = torch.where(flips.view(-1, 1, 1, 1), x.flip(3), x)
-                yield self.inputs(x), labels[chosen]
-                steps -= 1
-
-
-class Trainer(FusedCZMSGD):
-    """FusedCZMSGD with a rate and a bound of g's own and a bound on each filter's gradient."""
-
-    def __init__(self, params: Any, settings: Settings) -> None:
-        super().__init__(
-            params,
-            lr=settings.lr,
-            momentum=settings.momentum,
-            zmg=settings.zmg,
-            luma=settings.luma,
-        )
-        self.settings = settings
-        self.start: dict[Tensor, Tensor] = {}
+    def __init__(self, params: Any, *, agc: float, g_rate: float, **defaults: Any) -> None:
+        super().__init__(params, **defaults)
+        self.agc = agc
+        self.g_rate = g_rate
 
     def _filters(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for p, state in self.state.items():
-            if "log_scale" in state:
-                yield p, state["log_scale"]
+        for weight in (p for group in self.param_groups for p in group["params"]):
+            if weight.grad is not None and "log_scale" in self.state.get(weight, {}):
+                yield weight, self.state[weight]["log_scale"]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        s = self.settings
-        if s.agc:
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is None or not p.dim() > 2:
-                        continue
-                    g = self.state[p].get("log_scale") if p in self.state else None
-                    scale = p.flatten(1).norm(dim=1) if g is None else g.exp()
-                    norms = p.grad.flatten(1).norm(dim=1) * scale
-                    factor = (s.agc / norms.clamp(min=1e-12)).clamp(max=1)
-                    p.grad.mul_(factor.view(-1, *[1] * (p.dim() - 1)))
-        before = {p: g.clone() for p, g in self._filters()}
-        super().step(closure)
-        if s.g_rate == 1 and not s.g_bound:
-            return None
-        for p, g in self._filters():
-            if p not in before:
-                continue
-            first = self.start.setdefault(p, before[p])
-            wanted = before[p] + s.g_rate * (g - before[p])
-            if s.g_bound:
-                wanted = torch.clamp(wanted, first - s.g_bound, first + s.g_bound)
-            p.mul_((wanted - g).exp().view(-1, *[1] * (p.dim() - 1)))
-            g.copy_(wanted)
-        return None
+        """Take a step; the first one, which makes the log-scales, is not clipped."""
+        before = {}
+        for weight, g in self._filters():
+            before[weight] = g.clone()
+            if self.agc:
+                norms = weight.grad.flatten(1).norm(dim=1) * g.exp()  # type: ignore[union-attr]
+                factors = (self.agc / norms.clamp(min=1e-12)).clamp(max=1)
+                weight.grad.mul_(_by_filter(factors, weight))  # type: ignore[union-attr]
+        result = super().step(closure)
+        if self.g_rate != 1:
+            for weight, g in self._filters():
+                if weight in before:
+                    wanted = before[weight] + self.g_rate * (g - before[weight])
+                    weight.mul_(_by_filter((wanted - g).exp(), weight))
+                    g.copy_(wanted)
+        return result
+
+
+def _by_filter(factors: Tensor, weight: Tensor) -> Tensor:
+    return factors.view(-1, *[1] * (weight.dim() - 1))
+
+
+def _is_depthwise(convolution: nn.Conv2d) -> bool:
+    return convolution.groups == convolution.in_channels > 1
 
 
 def build(s: Settings, example: Tensor) -> nn.Module:
+    """Build the network of `s`, converted unless its method is "bn"; `example` is a batch."""
     torch.manual_seed(s.seed)
     model = NETWORKS[s.network]()
     if s.method == "bn":
         return model.to(memory_format=torch.channels_last)
-    converted: Any = convert(model, example_input=example[:2], gain=s.gain)
+    options = {"noise": s.noise} if s.noise else {}
+    converted: Any = convert(model, example_input=example[:16], gain=s.gain, **options)
     model = converted[0] if isinstance(converted, tuple) else converted
-    model = model.to(memory_format=torch.channels_last)
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    with torch.no_grad():
-        for c in convolutions:
-            if c.groups == c.in_channels > 1 and not s.depthwise_zero_mean:
-                c.weight.uniform_(-1, 1)
-                c.weight.mul_(s.gain / c.weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
-            if s.pointwise_zero_mean and c.kernel_size == (1, 1):
-                c.weight.sub_(c.weight.mean(dim=1, keepdim=True))
-        if s.start == "calibrated":
-            calibrate_(model, example, target=s.target, branch=s.branch, center=s.center)
-        if s.gate:
-            for n, m in model.named_modules():
-                if n.endswith(("fc2", "conv_expand")) or ".fc2" in n:
-                    m.weight.mul_(s.gate)
-        for m in model.modules():
-            if isinstance(m, nn.Linear):
-                m.weight.mul_(s.head_scale)
-    return model
+    if not s.depthwise_zero_mean:
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d) and _is_depthwise(module):
+                    module.weight.uniform_(-1, 1)
+                    norms = module.weight.flatten(1).norm(dim=1)
+                    module.weight.mul_(_by_filter(s.gain / norms, module.weight))
+    if s.start == "calibrated":
+        calibrate_(model, example, target=s.target, branch=s.branch, center=s.center)
+    return model.to(memory_format=torch.channels_last)
 
 
 def groups_of(model: nn.Module, s: Settings) -> list[dict[str, Any]]:
+    """Return `czm_param_groups(model)` with depthwise filters, biases and linear layers apart."""
     groups = []
     for group in czm_param_groups(model):
-        if group["name"] != "rest":
-            named = list(zip(group["param_names"], group["params"], strict=True))
-            depthwise = [
-                n
-                for n, p in named
-                if group["name"] == "spatial" and p.shape[1] == 1 and not s.depthwise_zero_mean
-            ]
-            for inside in (True, False):
-                members = [(n, p) for n, p in named if (n in depthwise) == inside]
-                if members:
-                    part = dict(group, params=[p for _, p in members])
-                    part["param_names"] = [n for n, _ in members]
-                    if inside:
-                        part.update(name="depthwise", zmg=0.0)
-                    groups.append(part)
-            continue
-        named = list(zip(group["param_names"], group["params"], strict=True))
-        for name, lr, dims in (("bias", s.lr_bias, (0, 1)), ("head", s.lr_head, range(2, 9))):
-            members = [(n, p) for n, p in named if p.dim() in dims]
-            if members:
-                rest = {k: v for k, v in group.items()}
-                rest.update(
-                    name=name,
-                    params=[p for _, p in members],
-                    param_names=[n for n, _ in members],
-                    lr=s.lr if lr is None else lr,
-                )
-                groups.append(rest)
+        parts: dict[str, list[tuple[str, Tensor]]] = {}
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            part = group["name"]
+            if part == "spatial" and p.shape[1] == 1 and not s.depthwise_zero_mean:
+                part = "depthwise"
+            elif part == "rest":
+                part = "bias" if p.dim() < 2 else "head"
+            parts.setdefault(part, []).append((name, p))
+        for part, named in parts.items():
+            settings = dict(group, name=part, params=[p for _, p in named])
+            settings["param_names"] = [name for name, _ in named]
+            if part == "depthwise":
+                settings["zmg"] = 0.0
+            rate = {"bias": s.lr_bias, "head": s.lr_head}.get(part)
+            groups.append(settings if rate is None else dict(settings, lr=rate))
     return groups
 
 
+def optimizer_of(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
+    """Return the optimizer of the method."""
+    if s.method == "bn":
+        return torch.optim.SGD(model.parameters(), lr=s.lr, momentum=0.9, weight_decay=5e-4)
+    return ClippedCZMSGD(
+        groups_of(model, s),
+        agc=s.agc,
+        g_rate=s.g_rate,
+        lr=s.lr,
+        momentum=0.9,
+        zmg=s.zmg,
+        luma=s.luma,
+    )
+
+
+def spread(logits: Tensor) -> float:
+    """Return the standard deviation over the images, the root mean square over the classes."""
+    return logits.float().var(dim=0, correction=0).mean().sqrt().item()
+
+
 def train(s: Settings, data: Path) -> dict[str, Any]:
+    """Train, and return the row: settings, logits' spread at the start, loss, accuracy, seconds."""
     images = Images(data, s.split)
     started = time.perf_counter()
     example = images.inputs(images.train[0][:64])
     model = build(s, example)
     with torch.no_grad():
-        model.train(s.method == "bn")
-        logits = _spread(model(example))
-    if s.method == "bn":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            model.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=5e-4
-        )
-    else:
-        optimizer = Trainer(groups_of(model, s), s)
-    warmup = max(s.warmup, 1)
+        # BatchNorm starts with the statistics of the batch; its running ones do not count.
+        logits = spread(model.train(s.method == "bn")(example))
+    optimizer = optimizer_of(model, s)
+    warmup = max(s.warmup if s.method == "czm" else 0, 1)
 
     def rate(step: int) -> float:
         return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / s.steps))
@@ -234,11 +200,11 @@ def train(s: Settings, data: Path) -> dict[str, Any]:
     model.train()
     torch.manual_seed(s.seed)
     losses: list[float] = []
-    autocast = s.network not in DEPTHWISE
+    use_autocast = s.network not in FLOAT32
     for x, y in images.batches(s.steps, s.batch, s.seed):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out = model(x)
-        loss = F.cross_entropy(out.float(), y)
+        with torch.autocast("cpu", torch.bfloat16, enabled=use_autocast):
+            output = model(x)
+        loss = F.cross_entropy(output.float(), y)
         optimizer.zero_grad()
         loss.backward()
         if s.clip:
@@ -248,17 +214,22 @@ def train(s: Settings, data: Path) -> dict[str, Any]:
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
-    model.eval()
-    correct = 0
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        for x, y in zip(images.test[0].split(500), images.test[1].split(500), strict=True):
-            correct += int((model(images.inputs(x)).argmax(1) == y).sum())
-    tail = losses[-max(1, len(losses) // 10) :]
+    tail = losses[-max(1, s.steps // 10) :]
     return {
         **asdict(s),
         "logits": logits,
         "loss": sum(tail) / len(tail),
-        "accuracy": round(100 * correct / len(images.test[1]), 2),
-        "taken": len(losses),
+        "accuracy": round(100 * accuracy(model, images, use_autocast), 2),
+        "steps_taken": len(losses),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def accuracy(model: nn.Module, images: Images, use_autocast: bool) -> float:
+    """Return the share of the test images of `images` that `model` classifies correctly."""
+    model.eval()
+    correct = 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=use_autocast):
+        for x, y in zip(*(part.split(500) for part in images.test), strict=True):
+            correct += int((model(images.inputs(x)).argmax(1) == y).sum())
+    return correct / len(images.test[1])
