@@ -1,4 +1,4 @@
-"""What is compared: each provider steps its own copy of a model's weights, on shared gradients."""
+"""Ways to do one optimizer step: each steps its own copy of the weights, on shared gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from czm_fused.ops import backends
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyper-parameters of a step.
+    """Hyperparameters of a step.
 
     Attributes:
         lr: learning rate.
@@ -171,8 +171,8 @@ class EagerCZM:
 class ForeachCZM:
     """The folded step, V never formed, in `torch._foreach` operations where they exist.
 
-    The scalars of all filters lie in one vector each; what a filter sums is summed layer by layer,
-    for want of such an operation.
+    The scalars of all filters share one vector each. Sums over a filter are taken layer by layer,
+    because no `_foreach` operation computes them.
     """
 
     name = "czm_foreach"

@@ -1,8 +1,11 @@
-"""What is counted rather than timed: bytes kept for backward, their floor, and operators."""
+"""Counts, which a busy machine does not change: bytes, operators, launches and collectives."""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,3 +125,36 @@ def _touches_elements(operator: Any) -> bool:
     arguments = operator._schema.arguments
     is_view = any(each.alias_info and not each.alias_info.is_write for each in arguments)
     return not is_view and operator.overloadpacket is not aten.empty
+
+
+def device_work(step: Callable[[], object], steps: int = 10) -> dict[str, float]:
+    """Return what a GPU did in a step, as the profiler saw it.
+
+    Kernels count as launches; copies and fills are counted apart.
+
+    Args:
+        step: is run `steps` times.
+        steps: of which the mean is taken.
+
+    Returns:
+        The device's time in microseconds, `profiled`, and the numbers of `launches` and `copies`.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    kernels = [event["dur"] for event in events if event.get("cat") == "kernel"]
+    copies = [
+        event["dur"] for event in events if event.get("cat") in ("gpu_memcpy", "gpu_memset")
+    ]
+    return {
+        "profiled": (sum(kernels) + sum(copies)) / steps,
+        "launches": len(kernels) / steps,
+        "copies": len(copies) / steps,
+    }
