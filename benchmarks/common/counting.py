@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class _Storages:
 def saved_bytes(model: nn.Module, images: Tensor) -> int:
     """Return the bytes that a forward pass keeps for backward, each storage counted once.
 
-    Parameters, buffers and the images exist anyway, and are not counted.
+    Parameters, buffers and the images exist anyway and are not counted.
     """
     kept = _Storages([*model.parameters(), *model.buffers(), images])
 
@@ -97,6 +98,29 @@ class _ArchitectureMode(TorchDispatchMode):
         if operator in _RELUS:
             self._kept.add(result)
         return result
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Return the most that a call has allocated at once beyond what was there before.
+
+    From torch's allocator: on a GPU its own statistics, on a CPU the profiler's record of every
+    allocation. Memory that libraries allocate by themselves (oneDNN's scratch) is not included.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as run:
+        call()
+    assert run.profiler is not None and run.profiler.kineto_results is not None
+    # In order of time: the profiler's own sums omit what an operator has counted already.
+    events = [each for each in run.profiler.kineto_results.events() if each.name() == "[memory]"]
+    changes = sorted((each.start_ns(), each.nbytes()) for each in events)
+    return max(accumulate((nbytes for _, nbytes in changes), initial=0))
 
 
 def operators(function: Callable[[], object]) -> int:

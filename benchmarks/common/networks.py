@@ -17,10 +17,10 @@ from czm_fused.models import cifar_resnet
 from czm_fused.models.cifar_resnet import CIFARResNet
 from czm_fused.nn import CZMBasicBlock
 
-from . import inplace
+from . import inplace_abn
 
 AMPLITUDE = 0.1
-# It leaves the weights where they are, whatever the number of timed steps.
+# Small enough to leave the weights unchanged, whatever the number of timed steps.
 LEARNING_RATE = 1e-6
 MOMENTUM = 0.9
 
@@ -32,10 +32,10 @@ class Method:
     Attributes:
         norm: "bn", "gn" (GroupNorm), "abn" (in-place activated BatchNorm), "none", or "czm"
             (zero-mean convolutions, no normalisation).
-        noise: whether the inputs of residual units (vgg16: of convolutions) are multiplied by it.
-        fused: whether sum, ReLU and noise are one operation, `add_relu_noise`, or each its own, as
-            networks are commonly written.
-        compiled: whether the network runs under `torch.compile`.
+        noise: multiply the inputs of residual units (vgg16: of convolutions) by it.
+        fused: compute sum, ReLU and noise in one operation, `add_relu_noise`, instead of each in
+            its own, as networks are commonly written.
+        compiled: run the network under `torch.compile`.
         same_as: the method whose loss and gradients it must give, or "".
     """
 
@@ -69,7 +69,7 @@ class Network:
         batch: images a step.
         classes: outputs.
         build: makes the network for a method and an image size.
-        has_units: whether it has residual units, with a tail to fuse.
+        has_units: True if it has residual units, with a tail to fuse.
     """
 
     image_size: int
@@ -144,7 +144,7 @@ class FusedTailBottleneck(nn.Module):
 
 
 class OrdinaryUnit(nn.Module):
-    """Run a unit of a CIFAR ResNet as such units are commonly written, in place where that goes."""
+    """Run a unit of a CIFAR ResNet as such units are commonly written, in place where possible."""
 
     def __init__(self, unit: CZMBasicBlock) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ def _cifar(depth: int) -> Callable[[Method, int], nn.Module]:
         amplitude = AMPLITUDE if method.noise and method.fused else 0.0
         model: Any = cifar_resnet(depth, norm, noise=amplitude)
         if method.norm == "abn":
-            return inplace.cifar(model)
+            return inplace_abn.cifar(model)
         if method.norm == "gn":
             _use_group_norm(model)
         if not method.fused:
@@ -194,7 +194,7 @@ def _resnet50(method: Method, image_size: int) -> nn.Module:
     model: Any = _from_torchvision("resnet50", method, image_size)
     stages = [model.layer1, model.layer2, model.layer3, model.layer4]
     if method.norm == "abn":
-        return inplace.bottlenecks(model, stages)
+        return inplace_abn.bottlenecks(model, stages)
     amplitude = AMPLITUDE if method.noise else 0.0
     if method.fused:
         if method.noise:
@@ -214,7 +214,7 @@ def _vgg16(method: Method, image_size: int) -> nn.Module:
     # Dropout is no part of the comparison, and would be most of the noise's cost.
     model: Any = _from_torchvision("vgg16_bn", method, image_size, dropout=0.0)
     if method.norm == "abn":
-        inplace.sequential(model.features)
+        inplace_abn.sequential(model.features)
     if method.noise:
         # As in the ResNets, the noise is on the inputs of convolutions: the last ReLU has none.
         relus = [i for i, layer in enumerate(model.features) if isinstance(layer, nn.ReLU)]
