@@ -11,7 +11,7 @@ from czm_fused.training import data
 from czm_fused.training.precision import float32_products
 
 from .images import CLASSES, PillowDataSet
-from .options import Options
+from .speed import Speed
 
 
 class Unit(nn.Module):
@@ -60,13 +60,12 @@ class PlainTraining:
         images: on the CPU.
         batch: images a step.
         device: where the network is.
-        options: of speed; `tf32` and `channels_last` and the like mean what they do for czm-train.
+        speed: the options of czm-train, with the same meaning.
         workers: processes that load; 0 loads between the steps.
         lr: learning rate.
     """
 
     provider = "pytorch"
-    seeds = 1
 
     def __init__(
         self,
@@ -74,16 +73,16 @@ class PlainTraining:
         images: data.Images,
         batch: int,
         device: torch.device,
-        options: Options,
+        speed: Speed,
         workers: int = 0,
         lr: float = 0.1,
     ) -> None:
         torch.manual_seed(0)
-        self.options = options
+        self.speed = speed
         self.device = device
-        self.layout = torch.channels_last if options.channels_last else torch.contiguous_format
+        self.layout = torch.channels_last if speed.channels_last else torch.contiguous_format
         self.model = network(depth).to(device, memory_format=self.layout)
-        self._run = torch.compile(self.model) if options.compile else self.model
+        self._run = torch.compile(self.model) if speed.compile else self.model
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4
         )
@@ -99,7 +98,7 @@ class PlainTraining:
 
     def epoch(self) -> float:
         """Train on every image once; return the mean loss."""
-        with float32_products(self.options.tf32):
+        with float32_products(self.speed.tf32):
             return self._epoch()
 
     def input(self) -> None:
@@ -116,7 +115,7 @@ class PlainTraining:
             labels = labels.to(self.device, non_blocking=True)
             self.optimizer.zero_grad()
             with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.options.autocast != "off"
+                self.device.type, torch.bfloat16, enabled=self.speed.autocast != "off"
             ):
                 loss = F.cross_entropy(self._run(images), labels)
             loss.backward()
