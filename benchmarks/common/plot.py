@@ -98,7 +98,7 @@ def _draw(
     if len(base):
         for place, share, end in zip(places, part["p50"] / base[0], high, strict=True):
             axes.annotate(
-                f"{share:.2f}" if 0.01 <= share < 100 else f"{share:.1g}", (end, place), (6, 0),
+                f"{share:.2f}" if 0.01 <= share < 100 else f"{share:.3g}", (end, place), (6, 0),
                 textcoords="offset points", va="center", fontsize="small",
             )  # fmt: skip
 

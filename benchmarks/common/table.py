@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def table(
             for _, row in measured.iterrows():
                 line = tuple(_text(row[each]) for each in index_now)
                 cells[line] = _cell(row, divisor)
-                if metric in shares and len(base) and base.iloc[0]:
+                if metric in shares and len(base) and base.iloc[0] and row["p50"] == row["p50"]:
                     relative = columns.setdefault(f"{metric} / {baseline}", {})
                     relative[line] = _number(row["p50"] / base.iloc[0])
         lines = list(dict.fromkeys(line for cells in columns.values() for line in cells))
@@ -69,6 +70,8 @@ def _cell(row: Any, divisor: float) -> str:
 
 
 def _number(value: float) -> str:
+    if math.isnan(value):
+        return "nan"
     if value == int(value) and abs(value) < 1e6:
         return f"{value:.0f}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
