@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -274,7 +275,7 @@ class Comparison:
                 self.results.add(self.network, provider, "saved_bytes", "bytes", saved, **config)
                 with torch.no_grad():
                     folded = _folded(model.eval())
-                    number = counting.operators(lambda f=folded, i=images: f(i.pixels))
+                    number = counting.operators(partial(folded, images.pixels))
                 self.results.add(
                     self.network, provider, "inference_operators", "operators", number, **config
                 )
@@ -297,8 +298,8 @@ class Comparison:
             for provider, model in models.items():
                 # A rate that leaves the weights where they are.
                 optimizer = make_optimizer(model, provider, 1e-6)
-                steps.append(lambda m=model, p=provider, o=optimizer: take_step(m, p, o, images))
-                inferences.append(torch.no_grad()(lambda m=model: m(images.pixels)))
+                steps.append(partial(take_step, model, provider, optimizer, images))
+                inferences.append(torch.no_grad()(partial(model, images.pixels)))
             seconds = self.options.seconds / 2
             done, _ = timing.time_rounds(steps, timer, _MOST_ROUNDS, seconds)
             for provider, model in models.items():
@@ -429,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "step": f"time of a training step, batch {max(options.batches)}",
             "accuracy_at_equal_steps": "test accuracy at equal steps",
         }
-        plot.tradeoff(shown, options.plot, *titles, titles=titles)
+        plot.tradeoff(shown, options.plot, "step", "accuracy_at_equal_steps", titles)
     return 0
 
 

@@ -10,7 +10,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from common import collectives, counting, networks, plot, timing
 from common.agreement import DisagreementError, relative_error, require
 from common.networks import METHODS, NETWORKS, unavailable
 from common.options import Options, parse
-from common.rows import Results, frame
+from common.rows import Results, Row, frame
 from common.table import table
 from torch import Tensor
 from torch.nn import functional as F
@@ -240,10 +241,8 @@ class Measurement:
         if self.options.memory:
             # Compiled methods would be compiled anew for every batch that is tried.
             for method in (each for each in methods if not METHODS[each].compiled):
-                largest = largest_batch(
-                    lambda batch, m=method: Training(self.model, m, self.options, batch),
-                    int(self.options.memory * 1e9),
-                )
+                make = partial(Training, self.model, method, self.options)
+                largest = largest_batch(make, int(self.options.memory * 1e9))
                 self.add(method, "largest_batch", "images", largest)
 
     def count(self, training: Training) -> None:
@@ -359,6 +358,18 @@ def _methods(model: str, options: CostOptions) -> list[str]:
     return methods
 
 
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw memory and time of a step, as shares of BatchNorm's."""
+    panels = frame(rows)
+    panels["model"] += ", batch " + panels["batch"].astype(str) + ", " + panels["dtype"]
+    titles = {
+        "saved_bytes": "saved for backward",
+        "peak_bytes": "peak memory of a step",
+        "step": "time of a step",
+    }
+    plot.compare(panels, path, list(titles), "batchnorm", titles=titles)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 1 if a method computes something else than it should."""
     options = parse(CostOptions, arguments, "Count and time what BatchNorm costs a training.")
@@ -378,11 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(table(frame(results.rows[begin:]), baseline="batchnorm", shares=shares), "\n")
     print(f"{time.monotonic() - begun:.0f} s")
     if options.plot:
-        titles = {"saved_bytes": "saved for backward", "peak_bytes": "peak memory of a step"}
-        titles["step"] = "time of a step"
-        rows = frame(results.rows)
-        rows["model"] += ", batch " + rows["batch"].astype(str) + ", " + rows["dtype"]
-        plot.compare(rows, options.plot, list(titles), "batchnorm", titles=titles)
+        draw(results.rows, options.plot)
     return 0
 
 

@@ -30,7 +30,9 @@ IMAGE_SIZE = 32
 class ReleaseOptions(Options):
     """Options of the benchmark of gradient release."""
 
-    model: tuple[Literal["resnet110", "resnet50", "vgg16"], ...] = ("resnet110", "resnet50", "vgg16")
+    model: tuple[Literal["resnet110", "resnet50", "vgg16"], ...] = (
+        "resnet110", "resnet50", "vgg16",
+    )  # fmt: skip
     """The networks."""
     batch: int = 8
     """Images a step."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from common import plot
 from common.options import Options, parse
-from common.rows import Results, frame
+from common.rows import Results, Row, frame
 from common.table import table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -157,6 +158,7 @@ class Lost(Kept):
         )
         for param, lost, weight in steps:
             weight.copy_(param.float() + lost)
+            assert param.grad is not None
             weight.grad = param.grad.float()
         self.optimizer.step()
         for param, lost, weight in steps:
@@ -206,6 +208,13 @@ def distance(weights: list[Tensor], others: list[Tensor], begin: list[Tensor]) -
     return apart / gone
 
 
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw the losses of all ways."""
+    losses = frame(row for row in rows if row.metric == "loss")
+    losses = losses.rename(columns={"provider": "weights kept as"})
+    plot.curves(losses, path, "step", "weights kept as", "loss on all images")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0."""
     options = parse(PrecisionOptions, arguments, "Train with weights kept in few bits.")
@@ -228,8 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = frame(results.rows)
     print(table(rows[rows["step"] == options.steps]))
     if options.plot:
-        losses = rows[rows["metric"] == "loss"].rename(columns={"provider": "weights kept as"})
-        plot.curves(losses, options.plot, "step", "weights kept as", "loss on all images")
+        draw(results.rows, options.plot)
     return 0
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from common import counting, plot, tensors, timing
 from common.agreement import DisagreementError, require
 from common.options import Options, parse
-from common.rows import Results, frame
+from common.rows import Results, Row, frame
 from common.steps import (
     FusedCZM,
     Provider,
@@ -63,7 +64,7 @@ class StepOptions(Options):
     steps: int = 300
     """Rounds at most."""
     seconds: float = 60.0
-    """For each model, dtype and cache state, after how long no further round begins; 0: no timing."""
+    """For each model, dtype and cache state, after how long no round begins; 0: no timing."""
 
     def check(self) -> None:
         """Check what the types do not."""
@@ -236,7 +237,7 @@ def tolerance(weight: Tensor, expected: Tensor) -> float:
 def _oracle(weight: Tensor, grad: Tensor, is_czm: bool) -> Tensor:
     expected, grad = weight.to(torch.float64, copy=True), grad.to(torch.float64)
     momentum_buffer = torch.zeros_like(expected)
-    options = {"lr": CHECKED.lr, "momentum": CHECKED.momentum}
+    options: dict[str, Any] = {"lr": CHECKED.lr, "momentum": CHECKED.momentum}
     state: tuple[Tensor, ...] = ()
     if is_czm and weight.dim() > 2:
         log_scale = reference.initial_log_scale(expected)
@@ -324,6 +325,15 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw the time of a step with warm caches, as a share of fused SGD's."""
+    warm = frame(row for row in rows if row.config.get("cache") == "warm")
+    warm["model"] += ", " + warm["dtype"]
+    label = ("provider", "backend")
+    titles = {"step": "time of a step"}
+    plot.compare(warm, path, ["step"], "sgd_fused", label, titles, ours="czm_fused")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 1 if a provider disagrees with the oracle or an extra fails."""
     options = parse(StepOptions, arguments, "Time the optimizer step against torch's SGD.")
@@ -346,11 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     if options.plot and options.seconds > 0:
-        rows = frame(row for row in results.rows if row.config.get("cache") != "cold")
-        rows["model"] += ", " + rows["dtype"]
-        label = ("provider", "backend")
-        titles = {"step": "time of a step"}
-        plot.compare(rows, options.plot, ["step"], "sgd_fused", label, titles, ours="czm_fused")
+        draw(results.rows, options.plot)
     return 1 if problems else 0
 
 

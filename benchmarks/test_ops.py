@@ -1,13 +1,13 @@
 """Check and time single operators on one layer: the step, add_relu_noise and exp_scale.
 
-`pytest benchmarks` checks that every form agrees with the eager one; `python benchmarks/test_ops.py`
+`pytest benchmarks` checks that every form agrees with the eager one. Run as a script, this file
 checks, then times them with torch.utils.benchmark. See README.md beside this file.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -66,8 +66,8 @@ class Case:
     name: str
     shape: tuple[int, ...]
     device: str
-    forms: dict[str, Callable[[], object]]
-    results: dict[str, Sequence[Tensor]] = field(default_factory=dict)
+    forms: Mapping[str, Callable[[], object]]
+    results: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.name} {'x'.join(map(str, self.shape))} {self.device}"
@@ -81,7 +81,8 @@ class Case:
         *others, eager = self.results
         for form in others:
             for actual, expected in zip(self.results[form], self.results[eager], strict=True):
-                error = float((actual - expected).detach().abs().max() / expected.detach().abs().max())
+                difference = (actual - expected).detach().abs().max()
+                error = float(difference / expected.detach().abs().max())
                 require(form, f"{eager} in {self}", error, BOUND)
 
 
@@ -96,7 +97,9 @@ def step_case(shape: tuple[int, ...], device: str) -> Case:
     for provider in checked.values():
         provider.step()
     sgd = TorchSGD("sgd_fused", weights, grads, SETTINGS, fused=True)
-    forms = {f"czm_{name}": provider.step for name, provider in steps.items()}
+    forms: dict[str, Callable[[], object]] = {
+        f"czm_{name}": provider.step for name, provider in steps.items()
+    }
     results = {f"czm_{name}": list(each.weights()) for name, each in checked.items()}
     return Case("step", shape, device, {**forms, "sgd_fused": sgd.step}, results)
 
@@ -132,7 +135,7 @@ def _differentiable_cases(
     calls = {form: partial(function, *inputs) for form, function in forms.items()}
     yield Case(f"{name} forward", shape, device, calls, outputs)
     gradients = {form: call() for form, call in backward.items()}
-    yield Case(f"{name} backward", shape, device, dict(backward), gradients)
+    yield Case(f"{name} backward", shape, device, backward, gradients)
 
 
 def add_relu_noise_cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
@@ -161,20 +164,20 @@ def cases(device: str) -> Iterator[Case]:
 
 @pytest.mark.parametrize("shape", LAYERS, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_step(device, shape):
+def test_step(device: str, shape: tuple[int, ...]) -> None:
     step_case(shape, device).check()
 
 
 @pytest.mark.parametrize("shape", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_add_relu_noise(device, shape):
+def test_add_relu_noise(device: str, shape: tuple[int, ...]) -> None:
     for case in add_relu_noise_cases(shape, device):
         case.check()
 
 
 @pytest.mark.parametrize("shape", LAYERS, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_exp_scale(device, shape):
+def test_exp_scale(device: str, shape: tuple[int, ...]) -> None:
     for case in exp_scale_cases(shape, device):
         case.check()
 

@@ -238,13 +238,13 @@ def measure(
             for metric, value in counting.device_work(training.epoch, 1).items():
                 add(metric, "us" if metric == "profiled" else metric, value / steps, **config)
         speeds[training.provider, str(training.speed), training.workers] = float(np.median(step))
-    for (provider, speed, workers), step in speeds.items():
+    for (provider, speed, workers), median in speeds.items():
         # Like with like: the plain loop has no CUDA graph.
         alike = "+".join(each for each in speed.split("+") if each != "cuda_graph") or "float32"
         for metric, rival in (("speedup", alike), ("speedup_of_defaults", "float32")):
             plain = [us for (p, s, _), us in speeds.items() if p == "pytorch" and s == rival]
             config = {"options": speed, "workers": workers, "batch": options.batch, "steps": steps}
-            factor = min(plain) / step if plain else None
+            factor = min(plain) / median if plain else None
             results.add(f"resnet{options.depth}", provider, metric, "x", factor, **config)
 
 

@@ -11,15 +11,17 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from common import plot
 from common.options import Options, parse
-from common.rows import Results, frame
+from common.rows import Results, Row, frame
 from common.table import table
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -133,7 +135,7 @@ def _run_process(rank: int, folder: str, batches: Sequence[tuple[Tensor, Tensor]
 def in_processes(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Return the weights of `data_parallel_epoch` for each of `NORMS`, in gloo processes."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_run_process, (folder, batches), nprocs=PROCESSES)
+        spawn(_run_process, (folder, batches), nprocs=PROCESSES)
         weights: dict[str, Tensor] = torch.load(f"{folder}/weights.pt")
     return weights
 
@@ -192,6 +194,12 @@ def compare(results: Results, steps: int, dtype: torch.dtype) -> None:
             results.add("resnet8", norm, metric, "relative", value, dtype=name, steps=steps)
 
 
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw how far apart the weights end, as a share of the way they went."""
+    metrics = ["accumulated", "data_parallel"]
+    plot.compare(frame(rows), path, metrics, titles=TITLES)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0."""
     options = parse(StatisticsOptions, arguments, "Train an epoch in parts, and on one image.")
@@ -200,8 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = frame(results.rows)
     print(table(rows), *(f"{metric}: {text}" for metric, text in TITLES.items()), sep="\n")
     if options.plot:
-        # A share of the way that the weights went: BatchNorm's bar is all that a bar can show.
-        plot.compare(rows, options.plot, ["accumulated", "data_parallel"], "bn", titles=TITLES)
+        draw(results.rows, options.plot)
     return 0
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmark_scripts import benchmark_script, needs_benchmarks  # noqa: F401
-
-pytestmark = needs_benchmarks
 
 TINY = [
     "--image-size", "8", "--batches", "2", "--seconds", "0", "--steps", "2", "--batch", "4",

@@ -1,8 +1,6 @@
 """Mixed precision, and weights of low precision: autocast, and float32 weights behind half ones."""
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch

@@ -1,8 +1,6 @@
 """GradientRelease: the step within backward, against the step after it."""
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch

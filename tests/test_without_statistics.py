@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmark_scripts import benchmark_script, needs_benchmarks  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
 
@@ -106,7 +105,6 @@ def test_noise_is_kept_at_half_of_batch_norm_s_memory_and_at_the_floor():
     assert saved <= 0.51 * with_batch_norm
 
 
-@needs_benchmarks
 def test_an_epoch_in_micro_batches_or_in_two_processes(benchmark_script, tmp_path, capsys):
     pytest.importorskip("sklearn")
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):

@@ -34,11 +34,12 @@ def from_folder(folder: Path, count: int) -> data.Images:
     """Return images drawn from `folder`/train/<class>/, as `czm-train --data-dir` reads them.
 
     Raises:
-        TrainingError: there are none, or too few.
+        ValueError: there are too few.
+        TrainingError: there are none.
     """
     images = data.image_folder(folder).train
     if len(images) < count:
-        raise data.TrainingError(f"--data-dir {folder} has {len(images)} images of {count}")
+        raise ValueError(f"--data-dir {folder} has {len(images)} images of {count}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     return data.Images(images.pixels[order], images.labels[order])
 

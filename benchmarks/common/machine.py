@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+# The class has an attribute named torch.
+_Device = torch.device
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -29,7 +32,7 @@ class Machine:
     commit: str
 
     @classmethod
-    def of(cls, device: torch.device) -> Machine:
+    def of(cls, device: _Device) -> Machine:
         """Return the record of this machine, for work on `device`."""
         is_cuda = device.type == "cuda"
         return cls(

@@ -15,7 +15,6 @@ from czm_fused import FusedCZMSGD, convert, czm_param_groups
 from czm_fused.functional import add_relu_noise, draw_noise
 from czm_fused.models import cifar_resnet
 from czm_fused.models.cifar_resnet import CIFARResNet
-from czm_fused.nn import CZMBasicBlock
 
 from . import inplace_abn
 
@@ -146,7 +145,7 @@ class FusedTailBottleneck(nn.Module):
 class OrdinaryUnit(nn.Module):
     """Run a unit of a CIFAR ResNet as such units are commonly written, in place where possible."""
 
-    def __init__(self, unit: CZMBasicBlock) -> None:
+    def __init__(self, unit: Any) -> None:
         super().__init__()
         self.unit = unit
 

@@ -49,14 +49,14 @@ def _conv(before: int, width: int, size: int, *, norm: bool, **options: Any) -> 
 
 
 def _standardised(before: int, width: int, size: int, **options: Any) -> nn.Module:
-    from timm.layers import StdConv2d
+    from timm.layers.std_conv import StdConv2d
 
     conv: nn.Module = StdConv2d(before, width, size, padding=size // 2, bias=False, **options)
     return conv
 
 
 def _scaled(before: int, width: int, size: int, **options: Any) -> nn.Module:
-    from timm.layers import ScaledStdConv2d
+    from timm.layers.std_conv import ScaledStdConv2d
 
     padding = size // 2
     conv: nn.Module = ScaledStdConv2d(
@@ -75,14 +75,14 @@ def _with_relu(norm: Callable[[int], nn.Module], channels: int) -> nn.Module:
 
 
 def _evo_norm(channels: int) -> nn.Module:
-    from timm.layers import EvoNorm2dS0
+    from timm.layers.evo_norm import EvoNorm2dS0
 
     norm: nn.Module = EvoNorm2dS0(channels, groups=min(32, channels // 4))
     return norm
 
 
 def _frn(channels: int, apply_act: bool = True) -> nn.Module:
-    from timm.layers import FilterResponseNormTlu2d
+    from timm.layers.filter_response_norm import FilterResponseNormTlu2d
 
     norm: nn.Module = FilterResponseNormTlu2d(channels, apply_act=apply_act)
     return norm

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -81,7 +83,8 @@ class PlainTraining:
         self.speed = speed
         self.device = device
         self.layout = torch.channels_last if speed.channels_last else torch.contiguous_format
-        self.model = network(depth).to(device, memory_format=self.layout)
+        built: Any = network(depth)
+        self.model: nn.Module = built.to(device, memory_format=self.layout)
         self._run = torch.compile(self.model) if speed.compile else self.model
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4

@@ -1,4 +1,4 @@
-"""The pictures of all benchmarks: bars or points to compare, curves, and one cost against another."""
+"""The pictures of all benchmarks: bars or points, curves, and one metric against another."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def compare(
     figure = _figure(
         figsize=(0.5 + 5.4 * len(metrics), 0.9 + sum(0.9 + 0.3 * len(each) for each in rows))
     )
+    wide = {metric for metric in metrics if _is_wide(frame[frame["metric"] == metric])}
     heights = [0.9 + 0.3 * len(each) for each in rows]
     grid = figure.subplots(
         len(models), len(metrics), squeeze=False, gridspec_kw={"height_ratios": heights}
@@ -56,7 +57,7 @@ def compare(
             if part.empty:
                 axes.remove()
                 continue
-            _draw(axes, part.iloc[::-1], baseline, label, ours)
+            _draw(axes, part.iloc[::-1], baseline, label, ours, metric in wide)
             unit, _ = shown_in(part["unit"].iloc[0])
             axes.set_xlabel(f"{(titles or {}).get(metric, metric)}, {unit}")
             axes.set_title(model, loc="left", fontsize="medium")
@@ -64,8 +65,20 @@ def compare(
     _save(figure, frame, path, note)
 
 
+def _is_wide(rows: pd.DataFrame) -> bool:
+    """Return True if the medians of a model differ by more than bars can show.
+
+    Of bytes they never do: a bar that almost vanishes is the finding.
+    """
+    medians = rows.groupby("model")["p50"]
+    smallest, largest = medians.min(), medians.max()
+    ratio = _LARGEST_RATIO * smallest
+    return bool((smallest > 0).all() and (largest > ratio).any() and rows["unit"].iloc[0] != "bytes")
+
+
 def _draw(
-    axes: Any, part: pd.DataFrame, baseline: str | None, label: Sequence[str], ours: str
+    axes: Any, part: pd.DataFrame, baseline: str | None, label: Sequence[str], ours: str,
+    is_wide: bool,
 ) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -73,17 +86,19 @@ def _draw(
     names = [", ".join(str(row[each]) for each in label if row[each] == row[each] and row[each])
              for _, row in part.iterrows()]  # fmt: skip
     places = range(len(names))
-    middle, low, high = (part[each].to_numpy() / divisor for each in ("p50", "p20", "p80"))
+    # Rows that were written before percentiles were have none.
+    middle, low, high = (
+        part[each].astype(float).fillna(part["p50"]).to_numpy() / divisor
+        for each in ("p50", "p20", "p80")
+    )
     colors = [OURS if name.startswith(ours) else OTHERS for name in part["provider"]]
     whiskers = {"xerr": [middle - low, high - middle], "ecolor": "0.25"}
-    # Of bytes, a bar that almost vanishes is the finding.
-    is_wide = middle.min() > 0 and part["unit"].iloc[0] != "bytes"
-    is_wide = is_wide and middle.max() > _LARGEST_RATIO * middle.min()
     if is_wide:
         axes.errorbar(middle, places, fmt="none", zorder=1, **whiskers)
         axes.scatter(middle, places, color=colors, zorder=2)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if middle.max() < 200 * middle.min() else (1,)))
+        decades = (1,) if middle.max() > 200 * middle.min() else (1, 2, 5)
+        axes.xaxis.set_major_locator(LogLocator(subs=decades))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="x", color="0.9")
@@ -117,7 +132,11 @@ def curves(frame: pd.DataFrame, path: Path, x: str, hue: str, y: str) -> None:
 
     figure = _figure(figsize=(8, 4))
     axes = figure.subplots()
-    seaborn.lineplot(frame, x=x, y="p50", hue=hue, style=hue, errorbar=None, ax=axes)
+    # Lines that coincide show beneath each other.
+    widths = {name: 6 / (number + 1) for number, name in enumerate(frame[hue].unique())}
+    seaborn.lineplot(
+        frame, x=x, y="p50", hue=hue, style=hue, size=hue, sizes=widths, errorbar=None, ax=axes
+    )
     axes.set(xlabel=x, ylabel=y)
     _legend_outside(axes)
     _save(figure, frame, path)
@@ -180,7 +199,10 @@ def _legend_outside(axes: Any) -> None:
 def _save(figure: Any, frame: pd.DataFrame, path: Path, note: str = "") -> None:
     facts = frame[["processor", "threads", "torch", "commit"]].drop_duplicates()
     machines = [
-        f"{row.processor}, {row.threads:.0f} threads, torch {row.torch}, commit {row.commit}"
+        f"{row.processor}, "
+        # Rows that were written before the schema may lack it.
+        + (f"{row.threads:.0f} threads, " if row.threads == row.threads and row.threads else "")
+        + f"torch {row.torch}, commit {row.commit}"
         for row in facts.itertuples()
     ]
     for axes in figure.axes:

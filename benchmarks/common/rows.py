@@ -111,11 +111,12 @@ class Results:
         """
         found = np.atleast_1d(np.asarray([] if values is None else values, dtype=float))
         found = found[~np.isnan(found)]
-        percentiles: list[float | None] = [None] * 3
+        percentiles: Sequence[float | None] = [None] * 3
         if found.size:
             percentiles = [float(each) for each in np.percentile(found, (20, 50, 80))]
+        p20, p50, p80 = percentiles
         row = Row(
-            self.benchmark, model, provider, metric, unit, *percentiles, n=int(found.size),
+            self.benchmark, model, provider, metric, unit, p20, p50, p80, int(found.size),
             **asdict(self.machine), config=config,
         )  # fmt: skip
         self.rows.append(row)

@@ -30,7 +30,7 @@ class Speed:
 
 def combinations(device: torch.device, compiled: bool) -> dict[str, Speed]:
     """Return what is measured on `device`, by name; under torch.compile only if asked for."""
-    bfloat16 = {"autocast": "bfloat16"}
+    bfloat16: dict[str, Any] = {"autocast": "bfloat16"}
     found = [
         Speed(),
         Speed(channels_last=True),

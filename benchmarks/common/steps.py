@@ -150,7 +150,7 @@ class EagerCZM:
         )
         with torch.no_grad():
             for v in self._directions:
-                if v[0, 0].numel() > 1:
+                if v.grad is not None and v[0, 0].numel() > 1:
                     means = v.grad.mean(dim=tuple(range(2, v.dim())), keepdim=True)
                     v.grad -= self._settings.zmg * means
         self.optimizer.step()

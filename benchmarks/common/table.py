@@ -40,7 +40,8 @@ def table(
 
     blocks = []
     for name, part in frame.groupby(panel, sort=False):
-        index_now = [each for each in index if part[each].nunique() > 1] or ["provider"]
+        index_now = [each for each in index if each in part and part[each].nunique() > 1]
+        index_now = index_now or ["provider"]
         columns: dict[str, dict[Any, str]] = {}
         for metric, measured in part.groupby("metric", sort=False):
             unit, divisor = shown_in(measured["unit"].iloc[0])

@@ -1,11 +1,8 @@
 """One short run of the benchmark of the training, and one of a training that is wrong."""
 
 import pytest
-from benchmark_scripts import benchmark_script, needs_benchmarks  # noqa: F401
 
 SHORT = ["--depth", "8", "--batch", "8", "--steps", "4", "--workers", "0", "--seconds", "1e-6"]
-
-pytestmark = needs_benchmarks
 
 
 @pytest.fixture

@@ -7,14 +7,12 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
-needs_benchmarks = pytest.mark.skipif(
-    not (BENCHMARKS / "common").exists(), reason="no benchmarks beside the tests"
-)
-
 
 @pytest.fixture
 def benchmark_script(monkeypatch):
     """Return what imports a module of benchmarks/ by its name."""
+    if not (BENCHMARKS / "common").exists():
+        pytest.skip("no benchmarks beside the tests")
     pytest.importorskip("tyro")
     pytest.importorskip("pandas")
     monkeypatch.syspath_prepend(BENCHMARKS)
