@@ -73,7 +73,8 @@ def _is_wide(rows: pd.DataFrame) -> bool:
     medians = rows.groupby("model")["p50"]
     smallest, largest = medians.min(), medians.max()
     ratio = _LARGEST_RATIO * smallest
-    return bool((smallest > 0).all() and (largest > ratio).any() and rows["unit"].iloc[0] != "bytes")
+    are_bytes = rows["unit"].iloc[0] == "bytes"
+    return bool((smallest > 0).all() and (largest > ratio).any() and not are_bytes)
 
 
 def _draw(
