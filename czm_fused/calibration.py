@@ -17,9 +17,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
+from czm_fused._internal.text import format_table, shorten
 from czm_fused.example import preserved, run_example
 from czm_fused.init import Convolution, named_convolutions
-from czm_fused.text import format_table, shorten
 
 TARGET = 1.0
 """The spread that the output of a convolution starts with."""

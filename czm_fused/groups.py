@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
+from czm_fused._internal.text import format_table, shorten
 from czm_fused.example import preserved, run_example
 from czm_fused.init import Convolution, find_stems, named_convolutions
-from czm_fused.text import format_table, shorten
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "stem": {"exp_scale": True, "zmg": 0.0},

@@ -239,3 +239,38 @@ class Copy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the copy of `x`, with its memory layout."""
         return x.clone()
+
+
+class ChannelNoise(nn.Module):
+    """Multiply every channel of every sample by u ~ U(1 - amplitude, 1 + amplitude) in training.
+
+    What `convert(model, noise=amplitude)` puts in the place of a BatchNorm (the noise of paper
+    section 4.4). Backward needs u, of shape (N, channels), and nothing else.
+
+    Args:
+        amplitude: half the width of the noise, in [0, 1). Also an attribute, which may be set at
+            any time.
+        copies: without noise, return a copy of the input, which the next module may then change in
+            place, instead of the input itself. Default False.
+
+    Raises:
+        ValueError: `amplitude` is outside [0, 1).
+    """
+
+    def __init__(self, amplitude: float, *, copies: bool = False) -> None:
+        super().__init__()
+        if not 0.0 <= amplitude < 1.0:
+            raise ValueError(f"amplitude must be in [0, 1), but was {amplitude}")
+        self.amplitude = amplitude
+        self.copies = copies
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the result for `x` of shape (N, channels, ...), of its dtype."""
+        if self.training and self.amplitude > 0:
+            noise = functional.draw_noise(x, self.amplitude).to(x.dtype)
+            return x * noise.view(*noise.shape, *[1] * (x.dim() - 2))
+        return x.clone() if self.copies else x
+
+    def extra_repr(self) -> str:
+        """Return the amplitude, and whether the input is copied."""
+        return f"amplitude={self.amplitude}" + (", copies=True" if self.copies else "")
