@@ -5,259 +5,392 @@ See README.md beside this file for what is measured and how.
 
 from __future__ import annotations
 
-import argparse
-import json
+import gc
 import sys
-from collections.abc import Sequence
-from functools import cached_property
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from batchnorm import agreement, counting, memory, parallel, results
-from batchnorm.networks import METHODS, NETWORKS, unavailable
-from batchnorm.training import Precision, Training, time_all
-from throughput import report
-from throughput.arguments import at_least, output, positive, present_device
+from common import collectives, counting, networks, plot, timing
+from common.agreement import DisagreementError, relative_error, require
+from common.networks import METHODS, NETWORKS, unavailable
+from common.options import Options, parse
+from common.rows import Results, Row, frame
+from common.table import table
+from torch import Tensor
+from torch.nn import functional as F
 
-COMPILE_BACKENDS = ("inductor", "aot_eager_decomp_partition")
+# The deadline ends the rounds; medians of more would say no more.
+_MOST_ROUNDS = 1000
+_PHASES = ("forward", "backward", "optimizer")
 
 
-class Disagreement(Exception):
-    """A method does not compute what it is another form of."""
+@dataclass(kw_only=True)
+class CostOptions(Options):
+    """Options of the benchmark of a training."""
+
+    model: tuple[Literal["resnet20", "resnet110", "resnet50", "vgg16", "all"], ...] = ("resnet20",)
+    """The networks."""
+    method: tuple[
+        Literal[
+            "batchnorm", "batchnorm_fused_tail", "groupnorm", "inplace_abn", "czm_plain",
+            "czm_naive_noise", "czm_fused_noise", "floor", "batchnorm_compiled", "czm_compiled",
+        ], ...,
+    ] = ()  # fmt: skip
+    """Of README.md; all that can be had by default, those under torch.compile with --compile."""
+    image_size: int | None = None
+    """In pixels; 32 for CIFAR's networks, 64 for torchvision's by default."""
+    batch: int | None = None
+    """Images a step; 128 for resnet20, 32 for resnet110, 8 for torchvision's by default."""
+    autocast: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the forward pass; float32: no autocast."""
+    channels_last: bool = False
+    """Memory format of images and weights."""
+    seconds: float = 60.0
+    """Of timing for each model; 0: count, do not time."""
+    compile: Literal["no", "inductor", "aot_eager_decomp_partition"] = "no"
+    """Measure methods under torch.compile as well; the second keeps for backward what Inductor
+    keeps, and compiles no kernel."""
+    memory: float | None = None
+    """Of a GPU, in GB: find the largest batch of each method that it holds."""
+
+    def check(self) -> None:
+        """Check what the types do not."""
+        super().check()
+        self.at_least(1, "image_size")
+        self.at_least(2, "batch")
+        self.at_least(0, "seconds", "memory")
+        if self.memory and self.device != "cuda":
+            raise ValueError("--memory needs --device cuda: a CPU's memory has no limit of its own")
+
+    @property
+    def backend(self) -> str:
+        """The backend of torch.compile."""
+        return "inductor" if self.compile == "no" else self.compile
+
+
+class Training:
+    """A network, its optimizer and one batch of random images, on which every step is taken.
+
+    Images and weights are always the same.
+
+    Args:
+        model: one of `NETWORKS`.
+        method: one of `METHODS`.
+        options: of the run.
+        batch: images a step; the options' or the model's own by default.
+    """
+
+    def __init__(
+        self, model: str, method: str, options: CostOptions, batch: int | None = None
+    ) -> None:
+        network = NETWORKS[model]
+        self.method, self.options, self.device = method, options, options.torch_device
+        batch = batch or options.batch or network.batch
+        size = options.image_size or network.image_size
+        layout = torch.channels_last if options.channels_last else torch.contiguous_format
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(batch, 3, size, size, generator=generator)
+        self.images = images.to(self.device, memory_format=layout)
+        labels = torch.randint(network.classes, (batch,), generator=generator)
+        self.labels = labels.to(self.device)
+        built: Any = networks.build(model, method, size)
+        self.model = built.to(self.device, memory_format=layout)
+        self.optimizer = networks.make_optimizer(self.model, method)
+        if METHODS[method].compiled:
+            # Noise from torch's generator: the gradients are to be compared with eager ones.
+            inductor = {"fallback_random": True} if options.backend == "inductor" else None
+            self.model.compile(backend=options.backend, options=inductor, dynamic=False)
+        self._timer = timing.ClockTimer(self.device)
+        self.phases: list[list[float]] = []
+
+    def autocast(self) -> Any:
+        """Return the context of the forward pass."""
+        dtype = getattr(torch, self.options.autocast)
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def forward(self) -> Tensor:
+        """Return the loss."""
+        with self.autocast():
+            return F.cross_entropy(self.model(self.images), self.labels)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Return the loss, and all gradients in one tensor, with the noise of seed 0."""
+        torch.manual_seed(0)
+        loss = self.forward()
+        loss.backward()
+        found = [parameter.grad for parameter in self.model.parameters()]
+        self.optimizer.zero_grad()
+        return loss.detach(), torch.cat([grad.flatten() for grad in found if grad is not None])
+
+    def forward_backward(self) -> None:
+        """Compute the gradients."""
+        self.forward().backward()
+
+    def update(self) -> None:
+        """Step the optimizer, and drop the gradients."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        """Take a whole step."""
+        self.forward_backward()
+        self.update()
+
+    def step_in_phases(self) -> None:
+        """Take a whole step, and append the microseconds of its three parts to `phases`."""
+        losses: list[Tensor] = []
+        calls: list[timing.Call] = [
+            lambda: losses.append(self.forward()),
+            lambda: losses[0].backward(),
+            self.update,
+        ]
+        self.phases.append([self._timer(call)[0] for call in calls])
+
+    def infer(self) -> None:
+        """Run the network without a graph."""
+        with torch.inference_mode(), self.autocast():
+            self.model(self.images)
+
+
+def check(training: Training, reference: Training) -> None:
+    """Compare loss and gradients with another method's on the same images, weights and noise.
+
+    Two forms of one computation round differently in every layer. How much that moves the gradients
+    depends on the network (BatchNorm's and the ReLUs' Jacobians amplify it, in ResNet110 to
+    thousands of eps), and is measured: by gradients at weights which are changed at random by up to
+    half an eps. The bound is 16 times that, as every activation is rounded, not weights alone.
+    Under autocast the bound is wide for deep networks: what it says of them, float32 says better.
+
+    Args:
+        training: what is checked.
+        reference: what it is checked against. Its weights are changed.
+
+    Raises:
+        DisagreementError: they differ by more.
+    """
+    loss, gradients = training.gradients()
+    expected_loss, expected = reference.gradients()
+    epsilon = torch.finfo(getattr(torch, training.options.autocast)).eps
+    if epsilon < 2**-10 and training.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        epsilon = 2**-10
+    with torch.no_grad():
+        for parameter in reference.model.parameters():
+            parameter.mul_(1 + (torch.rand_like(parameter) - 0.5) * epsilon)
+    bound = 16 * relative_error(reference.gradients()[1], expected)
+    for what, error in (
+        ("gradients", relative_error(gradients, expected)),
+        ("loss", relative_error(loss, expected_loss)),
+    ):
+        require(training.method, f"{reference.method} by another name in its {what}", error, bound)
 
 
 class Measurement:
     """What is measured of one model, with all its methods on the same images.
 
     Args:
+        results: where the rows go.
         model: one of `NETWORKS`.
-        device: where.
-        batch: images a step.
-        image_size: height and width, in pixels.
-        precision: of the forward pass.
-        backend: of `torch.compile`.
+        options: of the run.
     """
 
-    def __init__(
-        self,
-        model: str,
-        device: torch.device,
-        batch: int,
-        image_size: int,
-        precision: Precision,
-        backend: str,
-    ) -> None:
-        self.model, self.device = model, device
-        self.batch, self.image_size = batch, image_size
-        self.precision, self.backend = precision, backend
-        self.rows: list[results.Row] = []
-
-    def training(self, method: str, batch: int | None = None) -> Training:
-        """Return a training of `method`, always with the same images and weights."""
-        batch = batch or self.batch
-        generator = torch.Generator().manual_seed(0)
-        shape = (batch, 3, self.image_size, self.image_size)
-        images = torch.randn(shape, generator=generator).to(self.device)
-        labels = torch.randint(NETWORKS[self.model].classes, (batch,), generator=generator)
-        labels = labels.to(self.device)
-        return Training(self.model, method, images, labels, self.precision, self.backend)
+    def __init__(self, results: Results, model: str, options: CostOptions) -> None:
+        self.results, self.model, self.options = results, model, options
+        network = NETWORKS[model]
+        self.config = {
+            "batch": options.batch or network.batch,
+            "image_size": options.image_size or network.image_size,
+            "dtype": options.autocast,
+            "channels_last": options.channels_last,
+        }
 
     @cached_property
     def floor_bytes(self) -> int:
         """What the architecture makes any eager training keep for backward."""
-        floor = self.training("floor")
-        with self.precision.context(self.device):
+        floor = Training(self.model, "floor", self.options)
+        with floor.autocast():
             return counting.floor_bytes(floor.model, floor.images)
 
-    def add(self, method: str, metric: str, value: float, unit: str) -> None:
+    def add(self, method: str, metric: str, unit: str, values: Any) -> None:
         """Append a row."""
-        row = (self.model, method, self.device.type, self.precision.dtype, self.batch)
-        self.rows.append(dict(zip(results.KEYS, (*row, metric, value, unit), strict=True)))
+        self.results.add(self.model, method, metric, unit, values, **self.config)
 
-    def check(self, training: Training) -> None:
-        """Check a method against the one that it is another form of.
+    def run(self, methods: Sequence[str]) -> None:
+        """Check and count every method, then time them all together.
 
         Raises:
-            Disagreement: their losses or gradients differ.
+            DisagreementError: a method computes something else than it should.
         """
-        same_as = METHODS[training.method].same_as
-        problem = same_as and agreement.disagreement(training, self.training(same_as))
-        if problem:
-            raise Disagreement(f"{self.model}: {problem}")
+        trainings = []
+        for method in methods:
+            training = Training(self.model, method, self.options)
+            same_as = METHODS[method].same_as
+            if same_as:
+                check(training, Training(self.model, same_as, self.options))
+            self.count(training)
+            # Without timing, not all networks have to be in memory together.
+            if self.options.seconds > 0:
+                trainings.append(training)
+        if trainings:
+            self.time(trainings)
+        if self.options.memory:
+            # Compiled methods would be compiled anew for every batch that is tried.
+            for method in (each for each in methods if not METHODS[each].compiled):
+                make = partial(Training, self.model, method, self.options)
+                largest = largest_batch(make, int(self.options.memory * 1e9))
+                self.add(method, "largest_batch", "images", largest)
 
     def count(self, training: Training) -> None:
         """Count what a method keeps, runs and sends."""
         method, images = training.method, training.images
         # The optimizer's state belongs to the first step.
         training.step()
-        with self.precision.context(self.device):
+        with training.autocast():
             saved = counting.saved_bytes(training.model, images)
-        self.add(method, "saved_bytes", saved, "bytes")
-        self.add(method, "floor_bytes", self.floor_bytes, "bytes")
-        self.add(method, "peak_bytes", memory.peak_bytes(training), "bytes")
+        self.add(method, "saved_bytes", "bytes", saved)
+        self.add(method, "floor_bytes", "bytes", self.floor_bytes)
+        states = (each for state in training.optimizer.state.values() for each in state.values())
+        kept = [*training.model.parameters(), *training.model.buffers(), *states]
+        peak = counting.peak_bytes(training.step, training.device)
+        peak += sum(each.nbytes for each in kept if isinstance(each, Tensor))
+        self.add(method, "peak_bytes", "bytes", peak)
         # A dispatch mode would keep torch.compile from compiling; what is sent is the same.
         if METHODS[method].compiled:
             return
-        self.add(method, "operators", counting.operators(training.forward_backward), "operators")
+        number = counting.operators(training.forward_backward)
+        self.add(method, "operators", "operators", number)
         training.optimizer.zero_grad()
-        number, nbytes = parallel.collectives(training.model, images)
-        self._add_collectives(method, number, nbytes)
+        sent = np.array(collectives.collectives(training.model, images))
+        self._add_collectives(method, *sent)
         if method == "batchnorm":
-            more, more_bytes = parallel.synchronised_statistics(training.model)
-            self._add_collectives("sync_batchnorm", number + more, nbytes + more_bytes)
+            sent += collectives.synchronised_statistics(training.model)
+            self._add_collectives("sync_batchnorm", *sent)
 
     def _add_collectives(self, method: str, number: int, nbytes: int) -> None:
-        self.add(method, "collectives", number, "collectives")
-        self.add(method, "collective_bytes", nbytes, "bytes")
+        self.add(method, "collectives", "collectives", number)
+        self.add(method, "collective_bytes", "bytes", nbytes)
 
-    def time(self, trainings: Sequence[Training], seconds: float) -> None:
-        """Time all methods in turn."""
-        for metric, medians in time_all(trainings, seconds).items():
-            for method, microseconds in medians.items():
-                self.add(method, metric, microseconds, "us")
+    def time(self, trainings: Sequence[Training]) -> None:
+        """Time steps, then steps in their phases, then inference, each in interleaved rounds."""
+        timer = timing.ClockTimer(trainings[0].device)
 
-    def fit(self, methods: Sequence[str], nbytes: int) -> None:
-        """Find the largest batch of each eager method that a GPU's memory holds."""
-        # Compiled methods would be compiled anew for every batch that is tried.
-        for method in (each for each in methods if not METHODS[each].compiled):
-            found = memory.largest_batch(lambda batch, m=method: self.training(m, batch), nbytes)
-            self.add(method, "largest_batch", found, "images")
+        def rounds(calls: Sequence[timing.Call], share: float) -> np.ndarray:
+            seconds = share * self.options.seconds
+            return timing.time_rounds(calls, timer, _MOST_ROUNDS, seconds)[0]
+
+        steps = rounds([each.step for each in trainings], 0.5)
+        rounds([each.step_in_phases for each in trainings], 0.25)
+        for training in trainings:
+            training.model.eval()
+        inference = rounds([each.infer for each in trainings], 0.25)
+        for number, training in enumerate(trainings):
+            training.model.train()
+            self.add(training.method, "step", "us", steps[:, number])
+            phases = np.array(training.phases[timing.WARM_UP_ROUNDS :]).T
+            for phase, times in zip(_PHASES, phases, strict=True):
+                self.add(training.method, phase, "us", times)
+            self.add(training.method, "inference", "us", inference[:, number])
 
 
-def measure(measurement: Measurement, methods: Sequence[str], seconds: float) -> None:
-    """Check and count every method, then time them all together.
+def largest_batch(make: Callable[[int], Training], nbytes: int) -> int:
+    """Return the most images a step for which a GPU's memory suffices, to 1 %; 0 for none.
 
     Args:
-        measurement: where the rows go.
-        methods: of `METHODS`.
-        seconds: for how long to time; 0 not to, and not to keep all networks in memory.
+        make: makes a training of so many images a step.
+        nbytes: what torch's allocator may reserve. Nothing else of torch's may be on the GPU.
+    """
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total))
+    try:
+        # BatchNorm needs two images; the doubling ends, as memory does.
+        fits, fails = 0, 2
+        while _runs(make, fails):
+            fits, fails = fails, 2 * fails
+        while fails - fits > max(1, fits // 100):
+            middle = (fits + fails) // 2
+            fits, fails = (middle, fails) if _runs(make, middle) else (fits, middle)
+        return fits
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _runs(make: Callable[[int], Training], batch: int) -> bool:
+    try:
+        _two_steps(make, batch)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+    return True
+
+
+def _two_steps(make: Callable[[int], Training], batch: int) -> None:
+    training = make(batch)
+    # The optimizer's state comes with the first step, and stays during the second.
+    training.step()
+    training.step()
+    torch.cuda.synchronize()
+
+
+def _methods(model: str, options: CostOptions) -> list[str]:
+    """Return the methods to measure, and say what is left out.
 
     Raises:
-        Disagreement: a method computes something else than it should.
+        ImportError: one that was asked for cannot be measured here.
     """
-    trainings = []
-    for method in methods:
-        training = measurement.training(method)
-        measurement.check(training)
-        measurement.count(training)
-        if seconds > 0:
-            trainings.append(training)
-    if trainings:
-        measurement.time(trainings, seconds)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model", nargs="+", default=["resnet20"], choices=(*NETWORKS, "all"),
-        help="default: resnet20",
-    )  # fmt: skip
-    parser.add_argument(
-        "--method", nargs="+", choices=METHODS,
-        help="default: all that can be had, those under torch.compile only with --compile",
-    )  # fmt: skip
-    parser.add_argument(
-        "--image-size", type=at_least(int, 1),
-        help="in pixels (default: 32 for CIFAR's networks, 64 for torchvision's)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--batch", type=at_least(int, 2),
-        help="images a step (default: 128 for resnet20, 32 for resnet110, 8 for torchvision's)",
-    )  # fmt: skip
-    parser.add_argument("--threads", type=at_least(int, 1), help="of torch (default: torch's own)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument(
-        "--autocast", default="", choices=("bfloat16", "float16"),
-        help="of the forward pass (default: float32 throughout)",
-    )  # fmt: skip
-    parser.add_argument("--channels-last", action="store_true", help="of images and weights")
-    parser.add_argument(
-        "--seconds", type=at_least(float, 0), default=60.0,
-        help="of timing for each model; 0 counts and does not time (default: 60)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--compile", nargs="?", const=COMPILE_BACKENDS[0], choices=COMPILE_BACKENDS,
-        help="measure the methods under torch.compile as well; aot_eager_decomp_partition keeps "
-        "for backward what Inductor keeps, and compiles no kernel (default: inductor)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--memory", type=positive(float), metavar="GB",
-        help="of a GPU: find the largest batch of each method that it holds",
-    )  # fmt: skip
-    parser.add_argument("--json", type=output, metavar="FILE", help="write the rows")
-    parser.add_argument("--plot", type=output, metavar="FILE.png", help="draw bytes and times")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, and return its exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    device = present_device(parser, options.device)
-    if options.memory and device.type != "cuda":
-        parser.error("--memory needs --device cuda: a CPU's memory has no limit of its own")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if options.plot:
-        try:
-            report.require_matplotlib()
-        except ImportError as error:
-            parser.error(str(error))
-
-    facts = report.machine(device)
-    print(*(f"{key}: {value}" for key, value in facts.items()), sep="\n", end="\n\n", flush=True)
-    precision = Precision(options.autocast, options.channels_last)
-    backend = options.compile or COMPILE_BACKENDS[0]
-    rows: list[results.Row] = []
-    for model in NETWORKS if "all" in options.model else dict.fromkeys(options.model):
-        network = NETWORKS[model]
-        methods = _methods(model, options.method, compiled=options.compile is not None)
-        if methods is None:
-            return 1
-        measurement = Measurement(
-            model,
-            device,
-            options.batch or network.batch,
-            options.image_size or network.image_size,
-            precision,
-            backend,
-        )
-        try:
-            measure(measurement, methods, options.seconds)
-            # What has been compiled for one model counts against the limit of the next.
-            torch.compiler.reset()
-        except (ImportError, Disagreement) as error:
-            print(error, file=sys.stderr)
-            return 1
-        if options.memory:
-            measurement.fit(methods, int(options.memory * 1e9))
-        rows += measurement.rows
-        print(results.describe(measurement.rows, measurement.image_size))
-        print(results.table(measurement.rows, model), end="\n\n", flush=True)
-    if not options.memory:
-        print("largest batch: not measured; it needs --memory and a GPU")
-
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    if options.plot:
-        results.plot(rows, facts, options.plot)
-    return 0
-
-
-def _methods(model: str, asked: Sequence[str] | None, compiled: bool) -> list[str] | None:
-    """Return the methods to measure, and say what is left out; None if one asked for is."""
     methods = []
-    for method in dict.fromkeys(asked or METHODS):
-        if not asked and METHODS[method].compiled and not compiled:
+    for method in dict.fromkeys(options.method or METHODS):
+        if not options.method and METHODS[method].compiled and options.compile == "no":
             continue
         reason = unavailable(model, method)
         if reason is None:
             methods.append(method)
-        elif asked:
-            print(f"{model}: no {method}: {reason}", file=sys.stderr)
-            return None
+        elif options.method:
+            raise ImportError(f"{model}: no {method}: {reason}")
         else:
             print(f"{model}: without {method}: {reason}")
     return methods
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw memory and time of a step, as shares of BatchNorm's."""
+    panels = frame(rows)
+    panels["model"] += ", batch " + panels["batch"].astype(str) + ", " + panels["dtype"]
+    titles = {
+        "saved_bytes": "saved for backward",
+        "peak_bytes": "peak memory of a step",
+        "step": "time of a step",
+    }
+    plot.compare(panels, path, list(titles), "batchnorm", titles=titles)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 1 if a method computes something else than it should."""
+    options = parse(CostOptions, arguments, "Count and time what BatchNorm costs a training.")
+    results = Results("batchnorm_cost", options.torch_device, options.json)
+    print(results.machine, end="\n\n", flush=True)
+    begun = time.monotonic()
+    for model in NETWORKS if "all" in options.model else dict.fromkeys(options.model):
+        begin = len(results.rows)
+        try:
+            Measurement(results, model, options).run(_methods(model, options))
+        except (ImportError, DisagreementError) as error:
+            print(f"{model}: {error}", file=sys.stderr)
+            return 1
+        # What has been compiled for one model counts against the limit of the next.
+        torch.compiler.reset()
+        shares = ("saved_bytes", "peak_bytes", "step")
+        print(table(frame(results.rows[begin:]), baseline="batchnorm", shares=shares), "\n")
+    print(f"{time.monotonic() - begun:.0f} s")
+    if options.plot:
+        draw(results.rows, options.plot)
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,16 +5,18 @@ Counts of the CPU's allocator, the same at every run; see README.md beside this 
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from throughput.arguments import output, positive
+from common import plot
+from common.counting import peak_bytes
+from common.options import Options, parse
+from common.rows import Results, frame
+from common.table import table
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from czm_fused import FusedCZMSGD, convert, czm_param_groups
 from czm_fused.gradient_release import GradientRelease
@@ -22,7 +24,23 @@ from czm_fused.models import cifar_resnet
 
 # Images of few pixels, so that gradients, not activations, are what a backward pass holds.
 IMAGE_SIZE = 32
-MODELS = ("resnet110", "resnet50", "vgg16")
+
+
+@dataclass(kw_only=True)
+class ReleaseOptions(Options):
+    """Options of the benchmark of gradient release."""
+
+    model: tuple[Literal["resnet110", "resnet50", "vgg16"], ...] = (
+        "resnet110", "resnet50", "vgg16",
+    )  # fmt: skip
+    """The networks."""
+    batch: int = 8
+    """Images a step."""
+
+    def check(self) -> None:
+        """Check what the types do not."""
+        super().check()
+        self.at_least(1, "batch")
 
 
 def build(model: str) -> nn.Module:
@@ -43,15 +61,16 @@ class Step:
     """A training step of one model, and how much memory it takes.
 
     Args:
-        model: one of `MODELS`.
+        model: one of the networks of `ReleaseOptions`.
         batch: images.
-        released: whether gradients are released in backward.
+        device: where the network is.
+        released: release gradients in backward.
     """
 
-    def __init__(self, model: str, batch: int, released: bool) -> None:
-        self.model = build(model)
+    def __init__(self, model: str, batch: int, device: torch.device, released: bool) -> None:
+        self.model = build(model).to(device)
         self.optimizer = FusedCZMSGD(czm_param_groups(self.model), lr=1e-3, momentum=0.9)
-        self.images = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE)
+        self.images = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
         self.gradient_peak = 0
         for param in self.model.parameters():
             param.register_post_accumulate_grad_hook(self._count)
@@ -66,18 +85,11 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def rows(self) -> dict[str, int]:
+    def peaks(self) -> dict[str, int]:
         """Return the bytes of gradients at their peak, and of all that a step allocates."""
         self.gradient_peak = 0
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            self()
-        # As they come: the profiler's own sums leave out what an operator has counted already.
-        events = profiler.profiler.kineto_results.events()
-        changes = [
-            (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
-        ]
-        peak = max(accumulate(nbytes for _, nbytes in sorted(changes)))
-        return {"gradient_bytes": self.gradient_peak, "allocated_bytes": peak}
+        allocated = peak_bytes(self, self.images.device)
+        return {"gradient_bytes": self.gradient_peak, "allocated_bytes": allocated}
 
     def _count(self, _: Tensor) -> None:
         storages = {
@@ -89,31 +101,22 @@ class Step:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Count, print a table, write the rows; return 0."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--batch", type=positive(int), default=8, help="images (default: 8)")
-    parser.add_argument("--json", type=output, help="write the rows to this file")
-    options = parser.parse_args(arguments)
-
-    rows = []
-    print(f"{'model':12}{'gradients':>12}{'at their peak, MB':>20}{'a step allocates, MB':>24}")
+    """Run the command line; return 0."""
+    options = parse(ReleaseOptions, arguments, "Count what gradients cost a step in memory.")
+    device = options.torch_device
+    results = Results("gradient_release", device, options.json)
     for model in options.model:
-        for released in (False, True):
-            step = Step(model, options.batch, released)
-            row = {
-                "model": model,
-                "batch": options.batch,
-                "image_size": IMAGE_SIZE,
-                "gradients": "released" if released else "kept",
-                "parameter_bytes": sum(p.nbytes for p in step.model.parameters()),
-                **step.rows(),
-            }
-            rows.append(row)
-            peak, allocated = row["gradient_bytes"] / 1e6, row["allocated_bytes"] / 1e6
-            print(f"{model:12}{row['gradients']:>12}{peak:20.1f}{allocated:24.1f}")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        for provider in ("czm_kept", "czm_released"):
+            step = Step(model, options.batch, device, provider == "czm_released")
+            counts = {"parameter_bytes": sum(p.nbytes for p in step.model.parameters())}
+            for metric, nbytes in (counts | step.peaks()).items():
+                config = {"batch": options.batch, "image_size": IMAGE_SIZE}
+                results.add(model, provider, metric, "bytes", nbytes, **config)
+    print(table(frame(results.rows)))
+    if options.plot:
+        titles = {"gradient_bytes": "gradients", "allocated_bytes": "all that a step allocates"}
+        rows = frame(results.rows)
+        plot.compare(rows, options.plot, list(titles), "czm_kept", titles=titles, ours="czm_rel")
     return 0
 
 

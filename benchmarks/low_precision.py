@@ -7,24 +7,42 @@ against. See README.md beside this file.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from czm_fused.ops.step.reference import exact_param
-from throughput.arguments import output, positive
+from common import plot
+from common.options import Options, parse
+from common.rows import Results, Row, frame
+from common.table import table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from czm_fused import FusedCZMSGD, czm_init_, czm_param_groups
+from czm_fused.ops.step.reference import exact_param
 
 CLASSES = 10
 IMAGES = 512
 BATCH = 64
-EVERY = 25
+EVERY = 100
+
+
+@dataclass(kw_only=True)
+class PrecisionOptions(Options):
+    """Options of the benchmark of low precision."""
+
+    steps: int = 3000
+    """Of each training."""
+    lr: float = 1e-4
+    """Learning rate, small enough for steps that bfloat16 rounds away."""
+
+    def check(self) -> None:
+        """Check what the types do not."""
+        super().check()
+        self.at_least(1, "steps")
+        self.at_least(0, "lr")
 
 
 def task() -> tuple[Tensor, Tensor]:
@@ -140,6 +158,7 @@ class Lost(Kept):
         )
         for param, lost, weight in steps:
             weight.copy_(param.float() + lost)
+            assert param.grad is not None
             weight.grad = param.grad.float()
         self.optimizer.step()
         for param, lost, weight in steps:
@@ -168,7 +187,7 @@ WAYS: dict[str, type[Kept]] = {
 
 
 def train(kept: Kept, steps: int) -> Iterator[tuple[int, float]]:
-    """Train, and give every `EVERY` steps their number and the loss on all images."""
+    """Train; yield step and loss on all images, every `EVERY` steps and at the end."""
     images, labels = task()
     order = torch.Generator().manual_seed(0)
     for step in range(1, steps + 1):
@@ -176,7 +195,7 @@ def train(kept: Kept, steps: int) -> Iterator[tuple[int, float]]:
         kept.model.zero_grad()
         F.cross_entropy(kept.model(images[batch].to(kept.dtype)).float(), labels[batch]).backward()
         kept.step()
-        if step % EVERY == 0:
+        if step % EVERY == 0 or step == steps:
             with torch.no_grad():
                 logits = kept.model(images.to(kept.dtype)).float()
             yield step, F.cross_entropy(logits, labels).item()
@@ -189,58 +208,36 @@ def distance(weights: list[Tensor], others: list[Tensor], begin: list[Tensor]) -
     return apart / gone
 
 
-def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
+def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the losses of all ways."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    styles = ["-", "-", "-.", "--", ":"]
-    for row, style in zip(rows, styles, strict=True):
-        axes.plot(row["steps"], row["losses"], style, label=row["weights"])
-    axes.set(xlabel="step", ylabel="loss on all images", title="weights kept in few bits")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    losses = frame(row for row in rows if row.metric == "loss")
+    losses = losses.rename(columns={"provider": "weights kept as"})
+    plot.curves(losses, path, "step", "weights kept as", "loss on all images")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train in all ways, print a table, write rows and the plot; return 0."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=positive(int), default=3000, help="(default: 3000)")
-    parser.add_argument("--lr", type=positive(float), default=1e-4, help="(default: 1e-4)")
-    parser.add_argument("--json", type=output, help="write the rows to this file")
-    parser.add_argument("--plot", type=output, help="draw the losses into this file")
-    options = parser.parse_args(arguments)
-
-    rows: list[dict[str, object]] = []
+    """Run the command line; return 0."""
+    options = parse(PrecisionOptions, arguments, "Train with weights kept in few bits.")
+    results = Results("low_precision", torch.device("cpu"), options.json)
     begin = [p.detach() for p in network().parameters()]
     exact: list[Tensor] = []
-    print(f"{'weights':28}{'loss':>10}{'off float32':>14}{'bytes kept':>12}{'moved a step':>14}")
     for name, way in WAYS.items():
         kept = way(options.lr)
-        curve = list(train(kept, options.steps))
+
+        def add(metric: str, unit: str, value: float, name: str = name, **config: int) -> None:
+            results.add("small_cnn", name, metric, unit, value, lr=options.lr, **config)
+
+        for step, loss in train(kept, options.steps):
+            add("loss", "nats", loss, step=step)
         exact = exact or kept.weights()
         off = distance(kept.weights(), exact, begin)
-        rows.append(
-            {
-                "weights": name,
-                "lr": options.lr,
-                "steps": [step for step, _ in curve],
-                "losses": [loss for _, loss in curve],
-                "distance_to_float32": off,
-                "kept_bytes_a_weight": kept.state_bytes,
-                "moved_bytes_a_weight": kept.moved_bytes,
-            }
-        )
-        print(
-            f"{name:28}{curve[-1][1]:10.4f}{off:14.2e}{kept.state_bytes:12}{kept.moved_bytes:14}"
-        )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        add("off_float32", "of the way", off, step=options.steps)
+        add("kept", "bytes a weight", kept.state_bytes, step=options.steps)
+        add("moved", "bytes a weight", kept.moved_bytes, step=options.steps)
+    rows = frame(results.rows)
+    print(table(rows[rows["step"] == options.steps]))
     if options.plot:
-        plot(rows, options.plot)
+        draw(results.rows, options.plot)
     return 0
 
 

@@ -5,20 +5,22 @@ See README.md beside this file for what is measured and how.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from throughput import agreement, cuda, models, report, timing
-from throughput.arguments import output, positive, present_device
-from throughput.providers import (
+from common import counting, plot, tensors, timing
+from common.agreement import DisagreementError, require
+from common.options import Options, parse
+from common.rows import Results, Row, frame
+from common.steps import (
     FusedCZM,
     Provider,
     Settings,
@@ -27,260 +29,335 @@ from throughput.providers import (
     czm_providers,
     sgd_providers,
 )
+from common.table import table
+from torch import Tensor
 
-from czm_fused.ops.backends import BACKENDS, choose
+from czm_fused.ops.step import reference
+from czm_fused.ops.backends import choose
 
 TIMED = Settings(lr=1e-6, luma=5e-4)
 """The learning rate keeps weights where they are for thousands of steps on the same gradients."""
 
+CHECKED = Settings(lr=0.1, luma=0.05)
+"""Large enough that a part of the method that is missing moves weights far beyond rounding."""
+
+CHECKED_STEPS = 3
 BARE_SECONDS = 5.0
+# Of a stored number in a step: the weight and its momentum, and in the eager form dV and W too.
+_STORED_ROUNDINGS = 4
+# Of float32 in a step, sums over a filter apart: the equations have no more operations in a chain.
+_ARITHMETIC_ROUNDINGS = 16
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 
+@dataclass(kw_only=True)
+class StepOptions(Options):
+    """Options of the benchmark of the step."""
 
-@dataclass
-class Results:
-    """What a run found.
+    model: tuple[Literal["resnet110", "resnet50", "vgg16", "vgg16_features", "all"], ...] = (
+        "resnet110",
+    )
+    """Whose tensors; all: resnet110, resnet50 and vgg16."""
+    dtype: tuple[Literal["float32", "float64", "bfloat16", "float16"], ...] = ("float32",)
+    """Of weights and gradients."""
+    backend: tuple[Literal["reference", "cpu", "cuda", "triton"], ...] = ()
+    """Of czm_fused; every one that runs on the device by default."""
+    steps: int = 300
+    """Rounds at most."""
+    seconds: float = 60.0
+    """For each model, dtype and cache state, after how long no round begins; 0: no timing."""
 
-    Attributes:
-        rows: one a provider, with the keys `report.KEYS`.
-        details: one a provider and one for each extra of CUDA: the rows' first five keys and what
-            else was measured.
-        problems: what went wrong without stopping the run, in words.
-    """
-
-    rows: list[report.Row] = field(default_factory=list)
-    details: list[dict[str, Any]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    def check(self) -> None:
+        """Check what the types do not."""
+        super().check()
+        self.at_least(1, "steps")
+        self.at_least(0, "seconds")
+        try:
+            for name in self.backend:
+                choose(self.torch_device, name)
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(str(error)) from error
 
 
 def measure(
-    model: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    backends: Sequence[str],
-    rounds: int,
-    seconds: float,
-) -> Results:
+    results: Results, model: str, dtype: torch.dtype, device: torch.device, options: StepOptions
+) -> list[str]:
     """Check every CZM provider on the tensors of `model`, then time all providers.
 
-    Raises:
-        agreement.DisagreementError: a provider does not compute the paper's step.
-    """
-    results = Results()
-    shapes = models.parameter_shapes(model)
-    generator = torch.Generator().manual_seed(0)
-    weights = models.make_weights(shapes, dtype, device, generator)
-    grads = models.make_grads(shapes, dtype, device, generator)
+    Returns:
+        What failed without stopping the run: a sentence for each.
 
-    czm = czm_providers(backends, weights, grads, TIMED)
-    sgd = sgd_providers(weights, grads, TIMED)
-    shares = agreement.check(czm, weights, grads)
-    shares += agreement.errors(sgd, weights, grads, min_filter_dim=math.inf)
-    rowed = [*czm, *sgd]
+    Raises:
+        DisagreementError: a provider does not compute the paper's step.
+    """
+    backends = list(dict.fromkeys(options.backend)) or available_backends(device)
+    shapes = tensors.parameter_shapes(model)
+    weights, grads = _draw(shapes, dtype, device)
+    rowed: list[Provider] = [
+        *czm_providers(backends, weights, grads, TIMED),
+        *sgd_providers(weights, grads, TIMED),
+    ]
+    errors = check(rowed, weights, grads)
     for provider in rowed:
         provider.configure(TIMED)
+    problems: list[str] = []
     extras: list[Provider] = []
-    if device.type == "cuda":
-        extras, results.problems = cuda.extra_providers(rowed, weights, grads, TIMED)
-    timed = [*rowed, *extras]
-    copy_gbps = timing.copy_bandwidth(device)
-    synchronize = timing.synchronizer(device)
-    wall, host = timing.time_rounds([p.step for p in timed], synchronize, rounds, seconds)
+    if device.type == "cuda" and options.seconds > 0:
+        extras, problems = extra_providers(rowed, weights, grads)
 
-    bare_us = _bare_times(backends, shapes, dtype, device, rounds)
+    def add(provider: Provider, metric: str, unit: str, values: Any, **config: Any) -> None:
+        config = {"backend": provider.backend, "dtype": _name(dtype), **config}
+        results.add(model, provider.name, metric, unit, values, **config)
 
-    floor = float(np.median(wall[:, [p.name for p in rowed].index("sgd_fused")]))
-    for index, provider in enumerate(timed):
-        row = _row(model, provider, dtype, device, shapes, wall[:, index], floor)
-        if index < len(rowed):
-            results.rows.append(row)
-        detail: dict[str, Any] = {
-            **row,
-            "rounds": len(wall),
-            "host_p50_us": float(np.median(host[:, index])),
-            "copy_gbps": copy_gbps,
-            "share_of_copy": row["gbps"] / copy_gbps,
-        }
-        if index < len(rowed):
-            detail["error_share_of_tolerance"] = shares[index]
-            if (provider.name, provider.backend) in bare_us:
-                detail["bare_p50_us"] = bare_us[provider.name, provider.backend]
-        if provider.name == "czm_fused":
-            detail |= timing.python_time(provider.step, synchronize, rounds)
+    for provider, error in zip(rowed, errors, strict=True):
+        add(provider, "error_share", "of tolerance", error)
+    for provider in [*rowed, *extras]:
+        add(provider, "bytes", "bytes", step_bytes(shapes, dtype, provider))
         if device.type == "cuda":
-            detail |= cuda.device_work(provider.step)
-            if detail["launches"] == 0:
-                results.problems.append(f"{provider.name}: the profiler saw no kernel")
-            else:
-                gbps = row["bytes"] / detail["device_us"] / 1e3
-                detail |= {"device_gbps": gbps, "device_share_of_copy": gbps / copy_gbps}
-        results.details.append(detail)
-    return results
+            work = counting.device_work(provider.step)
+            for metric, value in work.items():
+                add(provider, metric, "us" if metric == "profiled" else metric, value)
+            if work["launches"] == 0:
+                problems.append(f"{provider.name}: the profiler saw no kernel")
+    if options.seconds > 0:
+        for cache, timer in timing.timers(device).items():
+            copy = timing.copy_bandwidth(device, timer)
+            config = {"backend": "torch", "dtype": "uint8", "cache": cache}
+            results.add(model, "copy", "bandwidth", "GB/s", copy, **config)
+            _time(add, [*rowed, *extras], shapes, dtype, timer, cache, options)
+        _time_hosts(add, rowed, shapes, dtype, device, options.steps)
+    return problems
 
 
-def _bare_times(
-    backends: Sequence[str],
+def _time(
+    add: Callable[..., None],
+    providers: Sequence[Provider],
+    shapes: Sequence[torch.Size],
+    dtype: torch.dtype,
+    timer: timing.Timer,
+    cache: str,
+    options: StepOptions,
+) -> None:
+    done, host = timing.time_rounds(
+        [provider.step for provider in providers], timer, options.steps, options.seconds
+    )
+    for index, provider in enumerate(providers):
+        add(provider, "step", "us", done[:, index], cache=cache)
+        if isinstance(timer, timing.EventTimer):
+            add(provider, "host", "us", host[:, index], cache=cache)
+        gbps = step_bytes(shapes, dtype, provider) / done[:, index] / 1e3
+        add(provider, "bandwidth", "GB/s", gbps, cache=cache)
+
+
+def _time_hosts(
+    add: Callable[..., None],
+    providers: Sequence[Provider],
     shapes: Sequence[torch.Size],
     dtype: torch.dtype,
     device: torch.device,
     rounds: int,
-) -> dict[tuple[str, str], float]:
-    """Time steps of as many tensors, of one weight each: the call itself, with warm caches.
+) -> None:
+    """Time the call itself: steps of as many tensors of one weight each, with warm caches."""
+    weights, grads = _draw([torch.Size([1] * len(shape)) for shape in shapes], dtype, device)
+    fused = [p.backend for p in providers if p.name == "czm_fused" and p.backend != "reference"]
+    bare: list[Provider] = [FusedCZM(backend, weights, grads, TIMED) for backend in fused]
+    bare.append(TorchSGD("sgd_fused", weights, grads, TIMED, fused=True))
+    timer = timing.ClockTimer(device)
+    for provider in bare:
+        # Each in rounds of its own: another's step would empty the caches.
+        _, host = timing.time_rounds([provider.step], timer, rounds, BARE_SECONDS)
+        add(provider, "bare", "us", host[:, 0])
+
+
+def step_bytes(shapes: Sequence[torch.Size], dtype: torch.dtype, provider: Provider) -> int:
+    """Return the bytes that a step cannot help but move.
+
+    Gradient, weight and momentum are read, weight and momentum written; CZM reads and writes the
+    log-scale and its momentum of every filter as well, float32 (float64 for float64 weights).
+    """
+    total = 5 * dtype.itemsize * sum(shape.numel() for shape in shapes)
+    if provider.name.startswith("czm"):
+        filters = sum(shape[0] for shape in shapes if len(shape) > 2)
+        total += 4 * max(dtype.itemsize, 4) * filters
+    return total
+
+
+def check(
+    providers: Sequence[Provider], weights: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[float]:
+    """Compare fresh providers with the oracle in float64, tensor by tensor.
+
+    torch's SGD must not agree: where it does not compute SGD, its row says so.
 
     Returns:
-        The median until `step()` returned, in microseconds, of each fused provider and backend.
+        For each provider, its largest error as a share of the tolerance.
+
+    Raises:
+        DisagreementError: the error of a CZM provider is above the tolerance, or not a number.
     """
-    single = [torch.Size([1] * len(shape)) for shape in shapes]
-    generator = torch.Generator().manual_seed(0)
-    weights = models.make_weights(single, dtype, device, generator)
-    grads = models.make_grads(single, dtype, device, generator)
-    fused = [backend for backend in backends if backend != "reference"]
-    steppers: list[Provider] = [FusedCZM(backend, weights, grads, TIMED) for backend in fused]
-    steppers.append(TorchSGD("sgd_fused", weights, grads, TIMED, fused=True))
-    synchronize = timing.synchronizer(device)
-    times = {}
-    for provider in steppers:
-        _, host = timing.time_rounds([provider.step], synchronize, rounds, BARE_SECONDS)
-        times[provider.name, provider.backend] = float(np.median(host))
-    return times
+    for provider in providers:
+        provider.configure(CHECKED)
+        for _ in range(CHECKED_STEPS):
+            provider.step()
+    found = [provider.weights() for provider in providers]
+    errors = np.zeros(len(providers))
+    with torch.no_grad():
+        for number, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+            # One tensor at a time: VGG16 in float64 would be some gigabytes.
+            expected = {czm: _oracle(weight, grad, czm) for czm in (True, False)}
+            for index, provider in enumerate(providers):
+                right = expected[provider.name.startswith("czm")]
+                error = (found[index][number].double() - right).abs().max()
+                # np.maximum keeps NaN.
+                share = error.item() / tolerance(weight, right)
+                errors[index] = np.maximum(errors[index], share)
+    for provider, share in zip(providers, errors, strict=True):
+        if provider.name.startswith("czm"):
+            name = f"{provider.name} ({provider.backend})"
+            require(name, "the paper's step", share, 1.0)
+    return [float(each) for each in errors]
 
 
-def _row(
-    model: str,
-    provider: Provider,
-    dtype: torch.dtype,
-    device: torch.device,
-    shapes: Sequence[torch.Size],
-    times: np.ndarray,
-    floor: float,
-) -> report.Row:
-    values = report.percentiles(times)
-    moved = report.step_bytes(shapes, dtype, provider.name.startswith("czm"))
-    row = {
-        "model": model,
-        "provider": provider.name,
-        "backend": provider.backend,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device.type,
-        **values,
-        "bytes": moved,
-        "gbps": moved / values["p50_us"] / 1e3,
-        "ratio_to_sgd_fused": values["p50_us"] / floor,
+def tolerance(weight: Tensor, expected: Tensor) -> float:
+    """Return by how much rounding can move a weight of this tensor in `CHECKED_STEPS` steps.
+
+    In each step a number is rounded `_STORED_ROUNDINGS` times to the weights' precision u and
+    `_ARITHMETIC_ROUNDINGS` times to the arithmetic's precision v, and the sums over the n weights
+    of a filter add a random walk of sqrt(n) roundings. Each is at most u or v times the largest
+    weight plus the largest displacement; the latter counts once a step, because an error of the
+    momentum enters every later update.
+    """
+    stored = torch.finfo(weight.dtype).eps / 2
+    arithmetic = torch.finfo(reference.compute_dtype(weight.dtype)).eps / 2
+    sums = math.sqrt(math.prod(weight.shape[1:])) if weight.dim() > 2 else 0.0
+    step_error = _STORED_ROUNDINGS * stored + (_ARITHMETIC_ROUNDINGS + sums) * arithmetic
+    largest = expected.abs().max() + CHECKED_STEPS * (expected - weight).abs().max()
+    return CHECKED_STEPS * step_error * largest.item()
+
+
+def _oracle(weight: Tensor, grad: Tensor, is_czm: bool) -> Tensor:
+    expected, grad = weight.to(torch.float64, copy=True), grad.to(torch.float64)
+    momentum_buffer = torch.zeros_like(expected)
+    options: dict[str, Any] = {"lr": CHECKED.lr, "momentum": CHECKED.momentum}
+    state: tuple[Tensor, ...] = ()
+    if is_czm and weight.dim() > 2:
+        log_scale = reference.initial_log_scale(expected)
+        state = (log_scale, torch.zeros_like(log_scale))
+        options |= {"zmg": CHECKED.zmg, "luma": CHECKED.luma}
+    for _ in range(CHECKED_STEPS):
+        reference.step_(expected, grad, momentum_buffer, *state, **options)
+    return expected
+
+
+class CompiledSGD(TorchSGD):
+    """`torch.optim.SGD` whose step Inductor compiled."""
+
+    backend = "inductor"
+
+    def __init__(
+        self, weights: Sequence[Tensor], grads: Sequence[Tensor], settings: Settings
+    ) -> None:
+        super().__init__("sgd_compiled", weights, grads, settings, foreach=True)
+        self.step = torch.compile(self.optimizer.step)
+        for _ in range(3):
+            self.step()
+
+
+class GraphedStep:
+    """Another provider's step, on the same weights, replayed from a CUDA graph."""
+
+    def __init__(self, provider: Provider) -> None:
+        self.name = f"{provider.name}_graph"
+        self.backend = provider.backend
+        self._provider = provider
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                provider.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            provider.step()
+        self.step = self._graph.replay
+
+    def configure(self, settings: Settings) -> None:
+        raise NotImplementedError("a captured step keeps its settings")
+
+    def weights(self) -> Sequence[Tensor]:
+        return self._provider.weights()
+
+
+def extra_providers(
+    providers: Sequence[Provider], weights: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[list[Provider], list[str]]:
+    """Build the compiled floor, and graphs of fused SGD and of every native `czm_fused`.
+
+    Returns:
+        Those that could be built, and for each of the others a message.
+    """
+    builders: dict[str, Callable[[], Provider]] = {
+        "sgd_compiled": partial(CompiledSGD, weights, grads, TIMED)
     }
-    return {key: row[key] for key in report.KEYS}
+    for provider in providers:
+        if provider.name == "sgd_fused" or provider.backend in ("cuda", "triton"):
+            name = f"{provider.name}_graph ({provider.backend})"
+            builders[name] = partial(GraphedStep, provider)
+    built: list[Provider] = []
+    problems: list[str] = []
+    for name, build in builders.items():
+        try:
+            built.append(build())
+        # Compilers and drivers raise anything; one that fails must not cost the others.
+        except Exception as error:
+            problems.append(f"{name}: {type(error).__name__}: {error}")
+    return built, problems
 
 
-def _print(results: Results) -> None:
-    print(report.table(results.rows))
-    for detail in results.details:
-        who = f"{detail['provider']} ({detail['backend']})"
-        notes = []
-        if "error_share_of_tolerance" in detail:
-            share = detail["error_share_of_tolerance"]
-            notes.append(f"largest error {share:.2g} of the tolerance")
-            if not share <= 1:
-                notes.append("NOT A FLOOR: torch does not compute SGD here")
-        if "python_p50_us" in detail:
-            notes.append(
-                f"Python beyond the native launch {detail['python_p50_us']:.0f} us "
-                f"(launch {detail['launch_p50_us']:.0f} us)"
-            )
-        if "bare_p50_us" in detail:
-            notes.append(f"tensors of one weight each {detail['bare_p50_us']:.0f} us")
-        if "device_gbps" in detail:
-            notes.append(
-                f"host {detail['host_p50_us']:.0f} us, device {detail['device_us']:.0f} us, "
-                f"{detail['launches']:g} launches and {detail['copies']:g} copies, "
-                f"{detail['device_share_of_copy']:.0%} of the copy bandwidth"
-            )
-        if notes:
-            print(f"  {who}: {'; '.join(notes)}")
-    detail = results.details[0]
-    print(f"  {detail['rounds']} rounds; a large copy ran at {detail['copy_gbps']:.1f} GB/s")
-    print(flush=True)
+def _draw(
+    shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    where = (list(shapes), dtype, device, generator)
+    return tensors.make_weights(*where), tensors.make_grads(*where)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model", nargs="+", default=["resnet110"], choices=(*models.MODELS, "all"),
-        help=f"whose parameter shapes; all: {', '.join(models.NAMED)} (default: resnet110)",
-    )  # fmt: skip
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
-    parser.add_argument(
-        "--backend", nargs="+", choices=BACKENDS,
-        help="of czm_fused (default: every available one)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--steps", type=positive(int), default=300, help="rounds at most (default: 300)"
-    )
-    parser.add_argument(
-        "--seconds", type=positive(float), default=60.0,
-        help="for each model and dtype, after how long no further round begins (default: 60)",
-    )  # fmt: skip
-    parser.add_argument("--threads", type=positive(int), help="of torch (default: torch's own)")
-    parser.add_argument("--json", type=output, metavar="FILE", help="write the rows")
-    parser.add_argument(
-        "--details", type=output, metavar="FILE",
-        help="write the machine and all that was measured beside the rows, as JSON",
-    )  # fmt: skip
-    parser.add_argument("--plot", type=output, metavar="FILE.png", help="draw the medians")
-    return parser
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _backends(requested: Sequence[str] | None, device: torch.device) -> list[str]:
-    if requested:
-        return [choose(device, name) for name in dict.fromkeys(requested)]
-    return available_backends(device)
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw the time of a step with warm caches, as a share of fused SGD's."""
+    warm = frame(row for row in rows if row.config.get("cache") == "warm")
+    warm["model"] += ", " + warm["dtype"]
+    label = ("provider", "backend")
+    titles = {"step": "time of a step"}
+    plot.compare(warm, path, ["step"], "sgd_fused", label, titles, ours="czm_fused")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 1 if a provider disagrees with the oracle or an extra fails."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    device = present_device(parser, options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    try:
-        backends = _backends(options.backend, device)
-        if options.plot:
-            report.require_matplotlib()
-    except (ImportError, RuntimeError) as error:
-        parser.error(str(error))
-
-    names = [n for name in options.model for n in (models.NAMED if name == "all" else [name])]
-    facts = report.machine(device)
-    print(*(f"{key}: {value}" for key, value in facts.items()), sep="\n", end="\n\n", flush=True)
-    everything = Results()
+    options = parse(StepOptions, arguments, "Time the optimizer step against torch's SGD.")
+    device = options.torch_device
+    names = [n for name in options.model for n in (tensors.NAMED if name == "all" else [name])]
+    results = Results("step_throughput", device, options.json)
+    print(results.machine, end="\n\n", flush=True)
+    problems = []
     for model, dtype in itertools.product(dict.fromkeys(names), dict.fromkeys(options.dtype)):
+        begin = len(results.rows)
         try:
-            results = measure(
-                model, getattr(torch, dtype), device, backends, options.steps, options.seconds
-            )
-        except (agreement.DisagreementError, ImportError) as error:
+            found = measure(results, model, getattr(torch, dtype), device, options)
+        except (DisagreementError, ImportError) as error:
             print(f"{model}, {dtype}: {error}", file=sys.stderr)
             return 1
-        _print(results)
-        for problem in results.problems:
-            print(f"{model}, {dtype}: {problem}", file=sys.stderr)
-        everything.rows += results.rows
-        everything.details += results.details
-        everything.problems += results.problems
-
-    if options.json:
-        options.json.write_text(json.dumps(everything.rows, indent=1) + "\n")
-    if options.details:
-        details = {
-            "machine": facts,
-            "measurements": everything.details,
-            "problems": everything.problems,
-        }
-        options.details.write_text(json.dumps(details, indent=1) + "\n")
-    if options.plot:
-        report.plot(everything.rows, facts, options.plot)
-    return 1 if everything.problems else 0
+        rows = frame(results.rows[begin:])
+        index = ("provider", "backend", "cache")
+        print(table(rows, index, "sgd_fused", ("step",)), end="\n\n", flush=True)
+        problems += [f"{model}, {dtype}: {problem}" for problem in found]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if options.plot and options.seconds > 0:
+        draw(results.rows, options.plot)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

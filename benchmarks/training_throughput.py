@@ -5,224 +5,274 @@ See README.md beside this file for what is measured and how.
 
 from __future__ import annotations
 
-import argparse
-import json
+import math
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from throughput import report, timing
-from throughput.arguments import at_least, output, positive, present_device
-from training import agreement, gpu, images, results
-from training.czm import CZMTraining
-from training.options import Options, combinations
-from training.plain import PlainTraining
+from common import counting, images, plot, timing
+from common.agreement import DisagreementError, require
+from common.options import Options, parse
+from common.plain_loop import PlainTraining
+from common.rows import Results, frame
+from common.speed import Speed, combinations
+from common.table import table
 
 from czm_fused.models import blocks_per_stage
-from czm_fused.training.data import Images
+from czm_fused.training import data
 from czm_fused.training.errors import TrainingError
+from czm_fused.training.loop import Trainer, train_epoch
+from czm_fused.training.settings import resolve
 
 # Weights stay where they are for thousands of steps.
-TIMED = {"lr": 1e-4}
-# Enough to learn something in a few steps; a compiled network draws other noise.
-CHECKED = {"lr": 0.01}
+TIMED_RATE = 1e-4
+# Enough to learn something in a few steps.
+CHECKED_RATE = 0.01
 # Deep networks with BatchNorm amplify rounding a thousandfold in these few steps.
 CHECKED_DEPTH = 8
-
-Maker = Callable[..., agreement.Training]
-
-
-def makers(
-    depth: int,
-    source: Images,
-    batch: int,
-    device: torch.device,
-    all_options: Sequence[Options],
-    workers: Sequence[int],
-) -> list[Maker]:
-    """Return what makes each training that is compared, given its learning rate and noise."""
-    found: list[Maker] = []
-    for options in all_options:
-        where = (depth, source, batch, device, options)
-        for method in ("czmig", "bn"):
-            found.append(partial(_czm, method, *where))
-        if not options.cuda_graph:
-            found += [partial(_plain, *where, workers=count) for count in workers]
-    return found
+CHECKED_EPOCHS = 3
+# Of a training of 200 epochs on CIFAR.
+_IMAGES = 200 * 50_000
 
 
-def _czm(
-    method: str,
-    depth: int,
-    source: Images,
-    batch: int,
-    device: torch.device,
-    options: Options,
-    seeds: int = 1,
-    noise: float | None = None,
-    lr: float = 0.4,
-) -> CZMTraining:
-    given: dict[str, object] = {"lr": lr}
-    if method == "czmig":
-        given["head_lr"] = lr
-        if noise is not None:
-            given["noise"] = noise
-    return CZMTraining(method, depth, source, batch, device, options, seeds, **given)
+@dataclass(kw_only=True)
+class ThroughputOptions(Options):
+    """Options of the benchmark of the training loop."""
+
+    depth: int = 20
+    """Of the network, 6n + 2."""
+    data_dir: Path | None = None
+    """Train on images of DIR/train/<class>/; synthetic ones by default."""
+    batch: int = 128
+    """Images a step."""
+    steps: int = 8
+    """In the short epoch that is timed."""
+    workers: tuple[int, ...] = (0, 2)
+    """Of the plain loop's DataLoader, a row each."""
+    compile: bool = False
+    """Measure rows under torch.compile as well."""
+    options: tuple[str, ...] = ()
+    """Measure these rows alone, such as channels_last+bfloat16; all by default."""
+    rounds: int = 200
+    """At most."""
+    seconds: float = 300.0
+    """After how long no further round begins; a sixth of it is for the input alone."""
+
+    def check(self) -> None:
+        """Check what the types do not."""
+        super().check()
+        self.at_least(1, "steps", "rounds")
+        self.at_least(2, "batch")
+        self.at_least(0, "seconds")
+        if any(count < 0 for count in self.workers):
+            raise ValueError(f"--workers must be 0 or more, but was {min(self.workers)}")
+        blocks_per_stage(self.depth)
+        self.speeds()
+
+    def speeds(self) -> list[Speed]:
+        """Return the options of speed that are measured.
+
+        Raises:
+            ValueError: `--options` has an unknown name.
+        """
+        known = combinations(self.torch_device, self.compile or bool(self.options))
+        unknown = set(self.options) - known.keys()
+        if unknown:
+            raise ValueError(
+                f"--options has no {', '.join(sorted(unknown))}: choose from {', '.join(known)}"
+            )
+        return [known[name] for name in dict.fromkeys(self.options or known)]
 
 
-def _plain(*where: Any, workers: int, noise: float | None = None, lr: float = 0.1) -> PlainTraining:
-    return PlainTraining(*where, workers=workers, lr=lr)
+class Training(Protocol):
+    """One way to train.
+
+    Attributes:
+        provider: as rows name it.
+        speed: its options.
+        workers: processes that load its images.
+    """
+
+    provider: str
+    speed: Speed
+    workers: int
+
+    def epoch(self) -> float:
+        """Train on every image once; return the mean loss."""
+
+    def input(self) -> None:
+        """Load every image once, and train on none."""
+
+
+class CZMTraining:
+    """`czm-train`'s own loop, an epoch at a time.
+
+    Args:
+        method: as `czm-train` knows it.
+        depth: of the network.
+        source: images on the CPU; they are moved to the device once.
+        options: batch and device are used.
+        speed: options of speed.
+        given: other settings of `czm-train`.
+    """
+
+    workers = 0
+
+    def __init__(
+        self,
+        method: str,
+        depth: int,
+        source: data.Images,
+        options: ThroughputOptions,
+        speed: Speed,
+        **given: object,
+    ) -> None:
+        self.provider = "czm_train" if method == "czmig" else f"czm_train_{method}"
+        self.speed = speed
+        settings = {
+            "method": method,
+            "dataset": "cifar10",
+            "depth": depth,
+            "batch_size": options.batch,
+            "crop_padding": images.CROP_PADDING,
+            "last_batch": "keep",
+            **speed.settings(),
+            **given,
+        }
+        moved = source.to(options.torch_device)
+        self.data = data.DataSet(moved, moved, images.CLASSES)
+        self.trainer = Trainer(resolve(settings), self.data, options.torch_device)
+
+    def epoch(self) -> float:
+        """Train on every image once; return the mean loss."""
+        return train_epoch([self.trainer])[0][0]
+
+    def input(self) -> None:
+        """Gather, augment and normalise every image once, and train on none."""
+        trainer = self.trainer
+        order = torch.randperm(
+            len(self.data.train), generator=trainer.generator, device=trainer.device
+        )
+        for indices in order.split(trainer.settings.batch_size):
+            pixels = trainer.normalise(trainer.augment(self.data.train.pixels[indices]))
+            pixels.contiguous(memory_format=trainer.memory_format)
+
+
+def trainings(
+    depth: int, source: data.Images, options: ThroughputOptions, lr: float, **czmig: float
+) -> Iterable[Training]:
+    """Yield everything that is compared.
+
+    Args:
+        depth: of the networks.
+        source: the images.
+        options: of the run.
+        lr: learning rate of all.
+        czmig: other settings of the method czmig.
+    """
+    for speed in options.speeds():
+        for method, more in (("czmig", {"head_lr": lr, **czmig}), ("bn", {})):
+            yield CZMTraining(method, depth, source, options, speed, lr=lr, **more)
+        if not speed.cuda_graph:
+            for workers in dict.fromkeys(options.workers):
+                where = (depth, source, options.batch, options.torch_device, speed)
+                yield PlainTraining(*where, workers=workers, lr=lr)
+
+
+def check(compared: Iterable[Training]) -> None:
+    """Train each for some epochs, and compare its losses with those of its provider's first.
+
+    Losses may differ by what the options round: with factors of 8 bits (bfloat16) or 11 bits (TF32)
+    by 16 units of those; in float32, where an epoch's steps amplify the order of sums, by 1e-3.
+
+    Raises:
+        DisagreementError: a loss is not finite, does not fall, or is another.
+    """
+    expected: dict[tuple[str, int], np.ndarray] = {}
+    for training in compared:
+        name = f"{training.provider} with {training.speed}"
+        losses = np.array([training.epoch() for _ in range(CHECKED_EPOCHS)])
+        if not (np.isfinite(losses).all() and losses[-1] < losses[0]):
+            raise DisagreementError(f"{name} does not learn: its losses were {losses}")
+        known = expected.setdefault((training.provider, training.workers), losses)
+        bound = 1e-3
+        if training.speed.autocast != "off":
+            bound = 16 * 2**-8
+        elif training.speed.tf32:
+            bound = 16 * 2**-11
+        error = float(np.abs(losses / known - 1).max())
+        require(name, "the training without options, by its losses", error, bound)
 
 
 def measure(
-    trainings: Sequence[agreement.Training],
-    model: str,
-    batch: int,
-    steps: int,
-    device: torch.device,
-    seconds: float,
-    rounds: int,
-) -> list[results.Row]:
-    """Time short epochs of all trainings in interleaved rounds, then their input alone.
+    results: Results, compared: Sequence[Training], options: ThroughputOptions
+) -> None:
+    """Time short epochs of all trainings in interleaved rounds, then their input alone."""
+    # An epoch has a stream of its own, which events in the current one would not see.
+    timer = timing.ClockTimer(options.torch_device)
+    seconds, steps = options.seconds / 6, options.steps
+    epochs, _ = timing.time_rounds([t.epoch for t in compared], timer, options.rounds, 5 * seconds)
+    inputs, _ = timing.time_rounds([t.input for t in compared], timer, options.rounds, seconds)
+    speeds = {}
+    for number, training in enumerate(compared):
+        step = epochs[:, number] / steps
+        config: dict[str, Any] = {
+            "options": str(training.speed),
+            "workers": training.workers,
+            "batch": options.batch,
+            "steps": steps,
+        }
 
-    Args:
-        trainings: what is compared.
-        model: its name, for the rows.
-        batch: images a step.
-        steps: in a short epoch.
-        device: where.
-        seconds: for how long; a sixth of it for the input.
-        rounds: how many at most.
-    """
-    synchronize = timing.synchronizer(device)
-    wall, _ = timing.time_rounds([t.epoch for t in trainings], synchronize, rounds, 5 * seconds / 6)
-    inputs, _ = timing.time_rounds([t.input for t in trainings], synchronize, rounds, seconds / 6)
-    rows = []
-    for number, training in enumerate(trainings):
-        rows.append(
-            results.row(
-                model,
-                training.provider,
-                str(training.options),
-                device.type,
-                batch,
-                training.seeds,
-                training.workers,
-                report.percentiles(wall[:, number] / steps),
-                report.percentiles(inputs[:, number] / steps)["p50_us"],
-            )
-        )
-    results.compare(rows)
-    return rows
+        def add(metric: str, unit: str, values: Any, t: Training = training, **more: Any) -> None:
+            results.add(f"resnet{options.depth}", t.provider, metric, unit, values, **more)
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--depth", type=positive(int), default=20, help="6n + 2 (default: 20)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR",
-        help="train on images of DIR/train/<class>/ (default: synthetic ones)",
-    )  # fmt: skip
-    parser.add_argument("--batch", type=at_least(int, 2), default=128, help="default: 128")
-    parser.add_argument(
-        "--steps", type=positive(int), default=8,
-        help="in the short epoch that is timed (default: 8)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--workers", type=at_least(int, 0), nargs="+", default=[0, 2], metavar="N",
-        help="of the plain loop's DataLoader, a row each (default: 0 2)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--compile", action="store_true", help="measure rows under torch.compile as well"
-    )
-    parser.add_argument(
-        "--options", nargs="+", metavar="NAME",
-        help="measure these rows alone, such as channels_last+bfloat16 (default: all)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seeds", type=positive(int), metavar="K",
-        help="seeds trained together, against one (default: 8 with --device cuda, else none)",
-    )  # fmt: skip
-    parser.add_argument("--threads", type=positive(int), help="of torch (default: torch's own)")
-    parser.add_argument(
-        "--rounds", type=positive(int), default=200, help="at most (default: 200)"
-    )
-    parser.add_argument(
-        "--seconds", type=positive(float), default=300.0,
-        help="after how long no further round begins (default: 300)",
-    )  # fmt: skip
-    parser.add_argument("--json", type=output, metavar="FILE", help="write the rows")
-    parser.add_argument(
-        "--details", type=output, metavar="FILE",
-        help="write the machine, and with --device cuda where its time goes, as JSON",
-    )  # fmt: skip
-    return parser
+        add("step", "us", step, **config)
+        add("input", "us", inputs[:, number] / steps, **config)
+        add("throughput", "images/s", options.batch / step * 1e6, **config)
+        add("200_epochs", "s", math.ceil(_IMAGES / options.batch) * step / 1e6, **config)
+        if options.device == "cuda":
+            for metric, value in counting.device_work(training.epoch, 1).items():
+                add(metric, "us" if metric == "profiled" else metric, value / steps, **config)
+        speeds[training.provider, str(training.speed), training.workers] = float(np.median(step))
+    for (provider, speed, workers), median in speeds.items():
+        # Like with like: the plain loop has no CUDA graph.
+        alike = "+".join(each for each in speed.split("+") if each != "cuda_graph") or "float32"
+        for metric, rival in (("speedup", alike), ("speedup_of_defaults", "float32")):
+            plain = [us for (p, s, _), us in speeds.items() if p == "pytorch" and s == rival]
+            config = {"options": speed, "workers": workers, "batch": options.batch, "steps": steps}
+            factor = min(plain) / median if plain else None
+            results.add(f"resnet{options.depth}", provider, metric, "x", factor, **config)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 1 if a training does not train what it should."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    device = present_device(parser, options.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse(ThroughputOptions, arguments, "Time czm-train against a plain PyTorch loop.")
+    count = options.steps * options.batch
     try:
-        blocks_per_stage(options.depth)
-        count = options.steps * options.batch
-        if options.data_dir:
-            source = images.from_folder(options.data_dir, count)
-        else:
-            source = images.synthetic(count)
+        folder = options.data_dir
+        source = images.from_folder(folder, count) if folder else images.synthetic(count)
     except (ValueError, TrainingError) as error:
-        parser.error(str(error))
-
-    chosen = combinations(device, options.compile or bool(options.options))
-    if options.options:
-        by_name = {str(each): each for each in chosen}
-        unknown = set(options.options) - set(by_name)
-        if unknown:
-            parser.error(f"--options has no {', '.join(unknown)}: choose from {', '.join(by_name)}")
-        chosen = [by_name[name] for name in dict.fromkeys(options.options)]
-
-    facts = report.machine(device)
-    print(*(f"{key}: {value}" for key, value in facts.items()), sep="\n", end="\n\n", flush=True)
-    workers = list(dict.fromkeys(options.workers))
-    data = (source, options.batch, device, chosen, workers)
+        print(error, file=sys.stderr)
+        return 2
+    results = Results("training_throughput", options.torch_device, options.json)
+    print(results.machine, end="\n\n", flush=True)
     try:
-        shallow = makers(CHECKED_DEPTH, *data)
-        agreement.check([partial(each, noise=0.0, **CHECKED) for each in shallow])
-    except agreement.DisagreementError as error:
-        print(f"training_throughput: {error}", file=sys.stderr)
+        # A compiled network draws other noise.
+        check(trainings(CHECKED_DEPTH, source, options, CHECKED_RATE, noise=0.0))
+    except DisagreementError as error:
+        print(error, file=sys.stderr)
         return 1
-
-    trainings = [each(**TIMED) for each in makers(options.depth, *data)]
-    seeds = options.seeds or (8 if device.type == "cuda" else 0)
-    if seeds:
-        where = (options.depth, source, options.batch, device)
-        shared = [each for each in chosen if each == Options() or each.cuda_graph]
-        trainings += [_czm("czmig", *where, each, seeds, **TIMED) for each in shared]
-    model = f"resnet{options.depth}"
-    rows = measure(
-        trainings, model, options.batch, options.steps, device, options.seconds, options.rounds
-    )
-    print(results.table(rows))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    if options.details:
-        details: dict[str, Any] = {"machine": facts}
-        if device.type == "cuda":
-            details["breakdown"] = [
-                {key: row[key] for key in results.KEYS[:7]}
-                | gpu.breakdown(training.epoch, options.steps)
-                for row, training in zip(rows, trainings, strict=True)
-            ]
-        options.details.write_text(json.dumps(details, indent=1) + "\n")
+    measure(results, list(trainings(options.depth, source, options, TIMED_RATE)), options)
+    rows = frame(results.rows)
+    print(table(rows, ("provider", "options", "workers")))
+    if options.plot:
+        rows["workers"] = rows["workers"].map(lambda count: f"{count} workers" if count else "")
+        label = ("provider", "options", "workers")
+        plot.compare(rows, options.plot, ["throughput"], label=label, ours="czm_train")
     return 0
 
 

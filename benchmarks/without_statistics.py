@@ -5,25 +5,27 @@ See README.md beside this file for what is compared and how.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from throughput.arguments import at_least, output, positive
+from common import plot
+from common.options import Options, parse
+from common.rows import Results, Row, frame
+from common.table import table
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from czm_fused import FusedCZMSGD, czm_param_groups
-from czm_fused._internal.text import format_table
 from czm_fused.models import cifar_resnet
 from czm_fused.training.data import digits
 
@@ -34,14 +36,30 @@ PROCESSES = 2
 LEARNING_RATE = 0.05
 MOMENTUM = 0.9
 DEPTH = 8
-# How a batch is taken, of those that a whole batch is compared with.
-PARTS = {
+# What is compared, by metric.
+TITLES = {
     "accumulated": f"{BATCH // MICRO_BATCH} micro-batches of {MICRO_BATCH}",
     "data_parallel": f"{PROCESSES} processes with {BATCH // PROCESSES} each",
+    "single_image": "loss after 5 steps on one image alone, of the first",
+    "train_eval": "outputs in training mode against eval mode",
 }
-KEYS = ("norm", "what", "dtype", "steps", "value")
 
-Row = dict[str, Any]
+
+@dataclass(kw_only=True)
+class StatisticsOptions(Options):
+    """Options of the benchmark of batch statistics."""
+
+    steps: int = 7
+    """Of the epoch; scikit-learn's digits have 7 batches of 128."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of weights and images."""
+
+    def check(self) -> None:
+        """Check what the types do not."""
+        super().check()
+        self.at_least(1, "steps")
+        if self.device != "cpu":
+            raise ValueError("--device must be cpu: the processes meet over gloo")
 
 
 def images_and_labels(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -117,7 +135,7 @@ def _run_process(rank: int, folder: str, batches: Sequence[tuple[Tensor, Tensor]
 def in_processes(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Return the weights of `data_parallel_epoch` for each of `NORMS`, in gloo processes."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_run_process, (folder, batches), nprocs=PROCESSES)
+        spawn(_run_process, (folder, batches), nprocs=PROCESSES)
         weights: dict[str, Tensor] = torch.load(f"{folder}/weights.pt")
     return weights
 
@@ -157,12 +175,11 @@ def train_and_eval(norm: str) -> float:
     return float((training - evaluation).norm() / evaluation.norm())
 
 
-def compare(steps: int, dtype: torch.dtype) -> list[Row]:
-    """Make all comparisons, and return their rows."""
+def compare(results: Results, steps: int, dtype: torch.dtype) -> None:
+    """Make all comparisons, and add their rows."""
     images, labels = images_and_labels(steps * BATCH, dtype)
     batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
     parallel = in_processes(batches)
-    rows = []
     for norm in NORMS:
         whole = epoch(norm, batches, BATCH)
         accumulated = epoch(norm, batches, MICRO_BATCH)
@@ -173,82 +190,25 @@ def compare(steps: int, dtype: torch.dtype) -> list[Row]:
             "train_eval": train_and_eval(norm),
         }
         name = str(dtype).removeprefix("torch.")
-        rows += [
-            dict(zip(KEYS, (norm, what, name, steps, value), strict=True))
-            for what, value in found.items()
-        ]
-    return rows
+        for metric, value in found.items():
+            results.add("resnet8", norm, metric, "relative", value, dtype=name, steps=steps)
 
 
-_DESCRIPTIONS = {
-    **{part: f"weights: {text}, against a batch of {BATCH}" for part, text in PARTS.items()},
-    "single_image": "loss after 5 steps on one image alone, of the first",
-    "train_eval": "outputs: training mode against eval mode",
-}
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Lay the rows out with a column for each norm."""
-    values = {(row["what"], row["norm"]): row["value"] for row in rows}
-    cells = [["relative difference", *NORMS]]
-    for what, description in _DESCRIPTIONS.items():
-        cells.append([description, *(_format(values[what, norm]) for norm in NORMS)])
-    return format_table(cells, right_aligned=range(1, len(NORMS) + 1))
-
-
-def _format(value: float) -> str:
-    return "impossible" if math.isnan(value) else f"{value:.1e}"
-
-
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw the differences of the weights as bars on a logarithmic axis, as a PNG."""
-    from matplotlib.figure import Figure
-
-    shown = [row for row in rows if row["what"] in PARTS][::-1]
-    figure = Figure(figsize=(9, 2.6), layout="constrained")
-    axes = figure.subplots()
-    norms = {"czm": "CZM", "bn": "BatchNorm"}
-    bars = axes.barh(
-        [f"{norms[row['norm']]}, {PARTS[row['what']]}" for row in shown],
-        [row["value"] for row in shown],
-        color=["C1" if row["norm"] == "czm" else "C0" for row in shown],
-    )
-    axes.bar_label(bars, [f" {row['value']:.0e}" for row in shown])
-    axes.set_xscale("log")
-    axes.margins(x=0.12)
-    epsilon = torch.finfo(getattr(torch, shown[0]["dtype"])).eps
-    axes.axvline(epsilon, color="0.2", linestyle="--", linewidth=1)
-    axes.set_title(f"An epoch in parts, against the same epoch in batches of {BATCH}", loc="left")
-    axes.set_xlabel(
-        f"how far apart the weights end, as a share of the way they went in {shown[0]['steps']} "
-        f"steps (dashed: eps of {shown[0]['dtype']})"
-    )
-    figure.savefig(path, format="png", dpi=150)
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw how far apart the weights end, as a share of the way they went."""
+    metrics = ["accumulated", "data_parallel"]
+    plot.compare(frame(rows), path, metrics, titles=TITLES)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, and return its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--steps", type=at_least(int, 1), default=7,
-        help="of the epoch; scikit-learn's digits have 7 batches of 128 (default: 7)",
-    )  # fmt: skip
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"))
-    parser.add_argument("--threads", type=positive(int), help="of torch (default: torch's own)")
-    parser.add_argument("--json", type=output, metavar="FILE", help="write the rows")
-    parser.add_argument("--plot", type=output, metavar="FILE.png", help="draw the differences")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    rows = compare(options.steps, getattr(torch, options.dtype))
-    print(table(rows))
+    """Run the command line; return 0."""
+    options = parse(StatisticsOptions, arguments, "Train an epoch in parts, and on one image.")
+    results = Results("without_statistics", options.torch_device, options.json)
+    compare(results, options.steps, getattr(torch, options.dtype))
+    rows = frame(results.rows)
+    print(table(rows), *(f"{metric}: {text}" for metric, text in TITLES.items()), sep="\n")
     if options.plot:
-        plot(rows, options.plot)
-    if options.json:
-        # JSON has no NaN.
-        for row in rows:
-            row["value"] = None if math.isnan(row["value"]) else row["value"]
-        options.json.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
+        draw(results.rows, options.plot)
     return 0
 
 

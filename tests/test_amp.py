@@ -1,8 +1,6 @@
 """Mixed precision, and weights of low precision: autocast, and float32 weights behind half ones."""
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -205,21 +203,6 @@ def test_a_compiled_step_keeps_master_weights():
         backward(twin, seed)
         plain.step()
     assert_equal(exact_weights(model, optimizer), exact_weights(twin, plain))
-
-
-def test_benchmark_shows_what_stalls(monkeypatch, tmp_path):
-    benchmarks = Path(__file__).parents[1] / "benchmarks"
-    if not (benchmarks / "low_precision.py").exists():
-        pytest.skip("no benchmarks beside the tests")
-    monkeypatch.syspath_prepend(benchmarks)
-    import low_precision
-
-    assert low_precision.main(["--steps", "50", "--json", str(tmp_path / "rows.json")]) == 0
-    rows = {row["weights"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
-    assert all(row["steps"] == [25, 50] for row in rows.values())
-    apart = {name: row["distance_to_float32"] for name, row in rows.items()}
-    assert apart["float32"] == 0
-    assert apart["bfloat16, master_weights"] < 0.05 < 0.5 < apart["bfloat16"]
 
 
 @on_every_backend

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SIZE = 16
 SMALL = ["--model", "resnet20", "--batch", "2", "--image-size", str(SIZE)]
 EAGER = {
@@ -21,31 +18,31 @@ EAGER = {
     "czm_plain", "czm_naive_noise", "czm_fused_noise", "floor",
 }  # fmt: skip
 
-pytestmark = pytest.mark.skipif(
-    not (BENCHMARKS / "batchnorm_cost.py").exists(), reason="no benchmarks beside the tests"
-)
+
+@pytest.fixture
+def networks(benchmark_script, monkeypatch):
+    """The networks of the benchmark, whose resnet20 has three units, one in each stage."""
+    networks = benchmark_script("common.networks")
+    small = networks.Network(SIZE, 2, 10, networks._cifar(8))
+    monkeypatch.setitem(networks.NETWORKS, "resnet20", small)
+    return networks
 
 
 @pytest.fixture
-def batchnorm_cost(monkeypatch):
-    """The benchmark, whose resnet20 has three units, one in each stage."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import batchnorm_cost
-    from batchnorm import networks
-
-    small = networks.Network(SIZE, 2, 10, networks._cifar(8))
-    monkeypatch.setitem(networks.NETWORKS, "resnet20", small)
-    return batchnorm_cost
+def batchnorm_cost(benchmark_script, networks):
+    return benchmark_script("batchnorm_cost")
 
 
-def values_of(path):
-    rows = json.loads(path.read_text())
-    for row in rows:
-        assert list(row) == [
-            "model", "method", "device", "dtype", "batch", "metric", "value", "unit",
-        ]  # fmt: skip
-        assert row["value"] > 0
-    return {(row["method"], row["metric"]): row["value"] for row in rows}
+@pytest.fixture
+def values_of(benchmark_script):
+    """Return what reads the medians of a file, by method and metric."""
+
+    def read(path):
+        rows = benchmark_script("common.rows").read(path)
+        assert all(row.p50 > 0 for row in rows)
+        return {(row.provider, row.metric): row.p50 for row in rows}
+
+    return read
 
 
 def floor(units):
@@ -53,9 +50,9 @@ def floor(units):
     return 4 * 2 * (16 * SIZE**2 * (1 + 2 * units + units + units / 2) + 64)
 
 
-def test_batchnorm_cost_writes_rows_and_plots(batchnorm_cost, tmp_path, capsys):
+def test_batchnorm_cost_writes_rows_and_plots(batchnorm_cost, values_of, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    rows_file, chart = tmp_path / "rows.json", tmp_path / "chart.png"
+    rows_file, chart = tmp_path / "rows.jsonl", tmp_path / "chart.png"
     output = ["--json", str(rows_file), "--plot", str(chart)]
     assert batchnorm_cost.main([*SMALL, "--seconds", "1e-6", *output]) == 0
 
@@ -81,9 +78,8 @@ def test_batchnorm_cost_writes_rows_and_plots(batchnorm_cost, tmp_path, capsys):
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
-def test_batchnorm_cost_counts_what_processes_send(batchnorm_cost):
-    from batchnorm import networks, parallel
-
+def test_collectives_of_a_step(benchmark_script, networks):
+    parallel = benchmark_script("common.collectives")
     images = torch.zeros(2, 3, SIZE, SIZE)
     plain, with_norm = (
         networks.build("resnet20", method, SIZE) for method in ("czm_plain", "batchnorm")
@@ -100,34 +96,35 @@ def test_batchnorm_cost_counts_what_processes_send(batchnorm_cost):
     )  # fmt: skip
 
 
-def test_batchnorm_cost_peaks_where_everything_is_allocated(batchnorm_cost):
-    from batchnorm import memory
-    from batchnorm.training import Precision, Training
-
-    images, labels = torch.zeros(64, 3, SIZE, SIZE), torch.zeros(64, dtype=torch.long)
-    training = Training("resnet20", "floor", images, labels, Precision())
+def test_peak_bytes_where_everything_is_allocated(benchmark_script, batchnorm_cost):
+    options = batchnorm_cost.CostOptions(batch=64)
+    training = batchnorm_cost.Training("resnet20", "floor", options)
     training.step()
-    kept = 2 * sum(p.nbytes for p in training.model.parameters())
-    # At the end of the forward pass, all that backward needs is there.
+    peak = benchmark_script("common.counting").peak_bytes(training.step, training.device)
+    gradients = sum(p.nbytes for p in training.model.parameters())
+    # At the end of the forward pass, all that backward needs is there, and no gradient yet.
     saved = 32 * floor(1)
     activation = 4 * 64 * 16 * SIZE**2
-    assert kept + saved < memory.peak_bytes(training) < kept + saved + 4 * activation
+    assert saved < peak < saved + gradients + 4 * activation
 
 
-def test_batchnorm_cost_under_autocast_and_channels_last(batchnorm_cost, tmp_path):
-    rows_file = tmp_path / "rows.json"
+def test_batchnorm_cost_under_autocast_and_channels_last(
+    benchmark_script, batchnorm_cost, values_of, tmp_path
+):
+    rows_file = tmp_path / "rows.jsonl"
     options = ["--autocast", "bfloat16", "--channels-last", "--seconds", "0"]
     methods = ["--method", "batchnorm", "czm_naive_noise", "czm_fused_noise"]
     assert batchnorm_cost.main([*SMALL, *options, *methods, "--json", str(rows_file)]) == 0
-    assert {row["dtype"] for row in json.loads(rows_file.read_text())} == {"bfloat16 autocast"}
+    rows = benchmark_script("common.rows").read(rows_file)
+    assert {row.config["dtype"] for row in rows} == {"bfloat16"}
     values = values_of(rows_file)
     assert (
         values["czm_fused_noise", "saved_bytes"] < 1.02 * values["czm_fused_noise", "floor_bytes"]
     )
 
 
-def test_batchnorm_cost_compiled_keeps_no_more(batchnorm_cost, tmp_path):
-    rows_file = tmp_path / "rows.json"
+def test_batchnorm_cost_compiled_keeps_no_more(batchnorm_cost, values_of, tmp_path):
+    rows_file = tmp_path / "rows.jsonl"
     # Inductor's partition of forward and backward, without its kernels.
     options = ["--compile", "aot_eager_decomp_partition", "--seconds", "0"]
     methods = ["--method", "czm_fused_noise", "czm_compiled"]
@@ -137,16 +134,14 @@ def test_batchnorm_cost_compiled_keeps_no_more(batchnorm_cost, tmp_path):
 
 
 def test_batchnorm_cost_stops_at_a_method_that_computes_something_else(
-    batchnorm_cost, tmp_path, capsys, monkeypatch
+    batchnorm_cost, networks, tmp_path, capsys, monkeypatch
 ):
-    from batchnorm import networks
-
     wrong = networks.Method("czm", noise=False, fused=True, same_as="czm_naive_noise")
     monkeypatch.setitem(networks.METHODS, "czm_fused_noise", wrong)
-    rows_file = tmp_path / "rows.json"
+    rows_file = tmp_path / "rows.jsonl"
     arguments = [*SMALL, "--seconds", "0", "--json", str(rows_file)]
     assert batchnorm_cost.main([*arguments, "--method", "czm_fused_noise"]) == 1
-    assert "does not compute what czm_naive_noise does" in capsys.readouterr().err
+    assert "is not czm_naive_noise by another name in its" in capsys.readouterr().err
     assert not rows_file.exists()
 
 
@@ -157,7 +152,7 @@ def test_batchnorm_cost_says_what_inplace_abn_needs(batchnorm_cost, capsys):
 
 
 @pytest.mark.parametrize("model", ["resnet20", "resnet50", "vgg16"])
-def test_inplace_abn_takes_the_place_of_every_batch_norm(batchnorm_cost, monkeypatch, model):
+def test_inplace_abn_takes_the_place_of_every_batch_norm(networks, monkeypatch, model):
     if model != "resnet20":
         pytest.importorskip("torchvision")
 
@@ -173,8 +168,6 @@ def test_inplace_abn_takes_the_place_of_every_batch_norm(batchnorm_cost, monkeyp
     stub = types.ModuleType("inplace_abn")
     stub.InPlaceABN = InPlaceABN
     monkeypatch.setitem(sys.modules, "inplace_abn", stub)
-    from batchnorm import networks
-
     network = networks.build(model, "inplace_abn", 32)
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms and all(isinstance(module, InPlaceABN) for module in norms)

@@ -1,8 +1,6 @@
 """GradientRelease: the step within backward, against the step after it."""
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -160,19 +158,3 @@ def test_a_grad_scaler_is_refused(scale):
         optimizer.step()
     release.remove()
     optimizer.step()
-
-
-def test_benchmark_counts(monkeypatch, tmp_path):
-    benchmarks = Path(__file__).parents[1] / "benchmarks"
-    if not (benchmarks / "gradient_release.py").exists():
-        pytest.skip("no benchmarks beside the tests")
-    monkeypatch.syspath_prepend(benchmarks)
-    import gradient_release
-
-    arguments = ["--model", "resnet110", "--batch", "1", "--json", str(tmp_path / "rows.json")]
-    assert gradient_release.main(arguments) == 0
-    kept, released = json.loads((tmp_path / "rows.json").read_text())
-    assert kept["gradient_bytes"] == kept["parameter_bytes"]
-    # The largest weight's, and its bias's where it has one.
-    assert released["gradient_bytes"] == 64 * 64 * 9 * 4
-    assert released["allocated_bytes"] < kept["allocated_bytes"]

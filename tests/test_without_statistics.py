@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -108,22 +105,15 @@ def test_noise_is_kept_at_half_of_batch_norm_s_memory_and_at_the_floor():
     assert saved <= 0.51 * with_batch_norm
 
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.mark.skipif(
-    not (BENCHMARKS / "without_statistics.py").exists(), reason="no benchmarks beside the tests"
-)
-def test_an_epoch_in_micro_batches_or_in_two_processes(monkeypatch, tmp_path, capsys):
+def test_an_epoch_in_micro_batches_or_in_two_processes(benchmark_script, tmp_path, capsys):
     pytest.importorskip("sklearn")
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch is built without torch.distributed, or without gloo")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import without_statistics
-
-    rows_file = tmp_path / "rows.json"
-    assert without_statistics.main(["--steps", "2", "--json", str(rows_file)]) == 0
-    values = {(row["norm"], row["what"]): row["value"] for row in json.loads(rows_file.read_text())}
+    rows_file = tmp_path / "rows.jsonl"
+    arguments = ["--steps", "2", "--json", str(rows_file)]
+    assert benchmark_script("without_statistics").main(arguments) == 0
+    rows = benchmark_script("common.rows").read(rows_file)
+    values = {(row.provider, row.metric): row.p50 for row in rows}
     # A gradient sums 128 images of at most 64 pixels in another order: by a random walk that moves
     # it by sqrt(8192) eps = 1.1e-5 of its size, and the weights by that share of their way.
     bound = 8192**0.5 * torch.finfo(torch.float32).eps
@@ -132,4 +122,5 @@ def test_an_epoch_in_micro_batches_or_in_two_processes(monkeypatch, tmp_path, ca
         assert values["bn", part] > 1e-3
     assert values["czm", "train_eval"] == 0 < values["bn", "train_eval"]
     assert values["czm", "single_image"] < 1
+    assert values["bn", "single_image"] is None
     assert "impossible" in capsys.readouterr().out

@@ -1,74 +1,62 @@
 """One short run of the benchmark of the training, and one of a training that is wrong."""
 
-import json
-from pathlib import Path
-
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHORT = ["--depth", "8", "--batch", "8", "--steps", "4", "--workers", "0", "--seconds", "1e-6"]
-
-pytestmark = pytest.mark.skipif(
-    not (BENCHMARKS / "training_throughput.py").exists(), reason="no benchmarks beside the tests"
-)
 
 
 @pytest.fixture
-def training_throughput(monkeypatch):
+def training_throughput(benchmark_script):
     pytest.importorskip("torchvision")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import training_throughput
-
-    return training_throughput
+    return benchmark_script("training_throughput")
 
 
-def test_training_throughput_writes_rows(training_throughput, tmp_path, capsys):
-    rows_file, details_file = tmp_path / "rows.json", tmp_path / "details.json"
-    files = ["--json", str(rows_file), "--details", str(details_file)]
-    options = ["--options", "float32", "channels_last+bfloat16", "--seeds", "2"]
-    assert training_throughput.main([*SHORT, *options, *files]) == 0
+def test_training_throughput_writes_rows(benchmark_script, training_throughput, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    options = ["--options", "float32", "channels_last+bfloat16"]
+    assert training_throughput.main([*SHORT, *options, "--json", str(path)]) == 0
 
-    rows = json.loads(rows_file.read_text())
-    for row in rows:
-        assert list(row) == [
-            "model", "provider", "options", "device", "batch", "seeds", "workers",
-            "p20_us", "p50_us", "p80_us", "images_per_second", "input_us", "input_share",
-            "seconds_200_epochs", "speedup", "speedup_of_defaults",
-        ]  # fmt: skip
-        assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
-        assert row["images_per_second"] == pytest.approx(8 * row["seeds"] / row["p50_us"] * 1e6)
-        assert row["seconds_200_epochs"] == pytest.approx(200 * 6250 * row["p50_us"] / 1e6)
-    names = {(row["provider"], row["options"], row["seeds"]) for row in rows}
-    assert names == {
-        (provider, options, 1)
+    rows = benchmark_script("common.rows")
+    found = rows.read(path)
+    names = [(row.provider, row.config["options"]) for row in found if row.metric == "step"]
+    assert sorted(names) == sorted(
+        (provider, speed)
         for provider in ("czm_train", "czm_train_bn", "pytorch")
-        for options in ("float32", "channels_last+bfloat16")
-    } | {("czm_train", "float32", 2)}
-    for row in rows:
-        if row["provider"] == "pytorch":
-            assert row["speedup"] == 1
-    assert json.loads(details_file.read_text()).keys() == {"machine"}
-    assert "x pytorch" in capsys.readouterr().out
+        for speed in options[1:]
+    )
+    for provider, speed in names:
+        metrics = ("step", "throughput", "200_epochs", "input", "speedup", "speedup_of_defaults")
+        value = {
+            metric: rows.value(found, provider=provider, options=speed, metric=metric)
+            for metric in metrics
+        }
+        assert value["throughput"] == pytest.approx(8 / value["step"] * 1e6)
+        assert value["200_epochs"] == pytest.approx(200 * 6250 * value["step"] / 1e6)
+        assert value["input"] > 0
+        plain = rows.value(found, provider="pytorch", options=speed, metric="step")
+        assert value["speedup"] == pytest.approx(plain / value["step"])
+        slow = rows.value(found, provider="pytorch", options="float32", metric="step")
+        assert value["speedup_of_defaults"] == pytest.approx(slow / value["step"])
+    assert "speedup" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("wrong", "words"), [(0.0, "does not learn"), (2.0, "something else")])
+@pytest.mark.parametrize(
+    ("wrong", "words"), [(0.0, "does not learn"), (2.0, "is not the training without options")]
+)
 def test_training_throughput_stops_at_a_wrong_training(
     training_throughput, tmp_path, capsys, monkeypatch, wrong, words
 ):
-    from training.czm import CZMTraining
-
-    epoch = CZMTraining.epoch
+    training = training_throughput.CZMTraining
+    epoch = training.epoch
     monkeypatch.setattr(
-        CZMTraining,
-        "epoch",
-        lambda self: epoch(self) * (wrong if self.options.channels_last else 1),
+        training, "epoch", lambda self: epoch(self) * (wrong if self.speed.channels_last else 1)
     )
-    rows_file = tmp_path / "rows.json"
-    arguments = [*SHORT, "--options", "float32", "channels_last", "--json", str(rows_file)]
+    path = tmp_path / "rows.jsonl"
+    arguments = [*SHORT, "--options", "float32", "channels_last", "--json", str(path)]
     assert training_throughput.main(arguments) == 1
     err = capsys.readouterr().err
     assert "czm_train with channels_last" in err and words in err
-    assert not rows_file.exists()
+    assert not path.exists()
 
 
 def test_training_throughput_knows_its_options(training_throughput, capsys):

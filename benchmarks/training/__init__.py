@@ -1,1 +1,0 @@
-"""What `training_throughput.py` compares, and how it reports."""
