@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from czm_fused.training import checkpoint
 from czm_fused.training.errors import TrainingError
-from czm_fused.training.loop import Trainer
+from czm_fused.training.trainer import Trainer, reference_trainer
 
 METRICS = {
     "epoch",
@@ -55,7 +55,7 @@ def test_run_leaves_metrics_summary_and_pictures(train, tmp_path, method):
         with Image.open(folder / name) as image:
             image.load()
     assert f"{summary['test_accuracy']:.2f} % test accuracy in the final epoch" in out
-    assert checkpoint.load(folder)["settings"]["method"] == method
+    assert checkpoint.load(folder)["config"]["method"] == method
     assert not list(folder.glob("*.tmp"))
 
 
@@ -117,10 +117,10 @@ def test_run_on_an_image_folder(train, tmp_path, image_tree):
 
 def test_head_and_anchor_settings_reach_the_optimizer(tmp_path):
     from czm_fused.training import data
-    from czm_fused.training.settings import resolve
+    from czm_fused.training import Config
 
-    settings = resolve({"depth": 8, "lr": 0.3, "head_lr": 0.05, "zmg": 0.5, "luma": 1e-3})
-    trainer = Trainer(settings, data.digits(), torch.device("cpu"))
+    config = Config(**{"depth": 8, "lr": 0.3, "head_lr": 0.05, "zmg": 0.5, "luma": 1e-3}).resolve()
+    trainer = reference_trainer(config, data.digits(), torch.device("cpu"))
     groups = {group["name"]: group for group in trainer.optimizer.param_groups}
     assert {name: (g["lr"], g["zmg"], g["luma"], g["exp_scale"]) for name, g in groups.items()} == {
         "stem": (0.3, 0.0, 1e-3, True),
@@ -136,10 +136,10 @@ def test_head_and_anchor_settings_reach_the_optimizer(tmp_path):
 )
 def test_stem_and_gain_reach_network_and_optimizer(stem, zmg, luma, exp_scale):
     from czm_fused.training import data
-    from czm_fused.training.settings import resolve
+    from czm_fused.training import Config
 
-    settings = resolve({"depth": 8, "zmg": 0.5, "luma": 1e-3, "stem": stem, "gain": 1.3})
-    trainer = Trainer(settings, data.digits(), torch.device("cpu"))
+    config = Config(**{"depth": 8, "zmg": 0.5, "luma": 1e-3, "stem": stem, "gain": 1.3}).resolve()
+    trainer = reference_trainer(config, data.digits(), torch.device("cpu"))
     group = trainer.optimizer.param_groups[0]
     assert (group["name"], group["zmg"], group["luma"]) == ("stem", zmg, luma)
     assert group["exp_scale"] == exp_scale
@@ -172,13 +172,11 @@ def test_cosine_ends_near_zero(train, tmp_path):
 )
 def test_every_training_image_is_seen_once_an_epoch(monkeypatch, size, last_batch, sizes):
     from czm_fused.training import data
-    from czm_fused.training.settings import resolve
+    from czm_fused.training import Config
 
-    settings = resolve(
-        {"depth": 8, "batch_size": size, "last_batch": last_batch, "crop_padding": 0}
-    )
+    config = Config(**{"depth": 8, "batch_size": size, "last_batch": last_batch, "crop_padding": 0}).resolve()
     digits = data.digits()
-    trainer = Trainer(settings, digits, torch.device("cpu"))
+    trainer = reference_trainer(config, digits, torch.device("cpu"))
     seen = []
 
     def look(self, pixels, labels):
@@ -197,10 +195,10 @@ def test_every_training_image_is_seen_once_an_epoch(monkeypatch, size, last_batc
 @pytest.mark.parametrize("method", ["czmig", "bn"])
 def test_testing_draws_nothing_and_changes_nothing(method):
     from czm_fused.training import data
-    from czm_fused.training.settings import resolve
+    from czm_fused.training import Config
 
-    settings = resolve({"depth": 8, "method": method, "noise": 0.3})
-    trainer = Trainer(settings, data.digits(), torch.device("cpu"))
+    config = Config(**{"depth": 8, "method": method, "noise": 0.3}).resolve()
+    trainer = reference_trainer(config, data.digits(), torch.device("cpu"))
     before = copy.deepcopy(trainer.state_dict())
     assert trainer.test() == trainer.test()
     assert_same(trainer.state_dict(), before)
@@ -268,7 +266,7 @@ def test_run_does_not_replace_another_unasked(train, tmp_path):
     assert "--resume" in err and "--overwrite" in err
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert train("--seed", "1", "--overwrite")[0] == 0
-    assert checkpoint.load(tmp_path / "run")["settings"]["seed"] == 1
+    assert checkpoint.load(tmp_path / "run")["config"]["seed"] == 1
     assert len(list((tmp_path / "run").glob("events.*"))) == 1
 
 
@@ -283,13 +281,13 @@ def test_resume_refuses_a_checkpoint_that_does_not_fit(train, tmp_path):
         assert status == 2
         assert options[0] in err
 
-    state["settings"]["depth"] = 14
+    state["config"]["depth"] = 14
     torch.save(state, path)
     status, _, err = train("--resume", quick=[])
     assert status == 2
     assert "another network" in err and err.count("\n") == 1
 
-    state["settings"]["depth"] = 8
+    state["config"]["depth"] = 8
     state["trainer"]["device_type"] = "cuda"
     torch.save(state, path)
     status, _, err = train("--resume", quick=[])

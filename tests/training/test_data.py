@@ -7,7 +7,7 @@ from torchvision.datasets import ImageFolder
 
 from czm_fused.training import data
 from czm_fused.training.errors import TrainingError
-from czm_fused.training.settings import resolve
+from czm_fused.training import Config
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +59,8 @@ def test_hold_out_parts_the_training_images():
 
 
 def test_load_holds_out_what_the_settings_say():
-    assert len(data.load(resolve({"hold_out": 10})).test) == 10
-    assert len(data.load(resolve({})).test) == 899
+    assert len(data.load(Config(hold_out=10).resolve()).test) == 10
+    assert len(data.load(Config().resolve()).test) == 899
 
 
 def test_image_folder_makes_grey_images_rgb(image_tree):

@@ -12,11 +12,11 @@ from quick_runs import assert_same, read_metrics
 
 from czm_fused.functional import draw_noise
 from czm_fused.training import checkpoint, data
-from czm_fused.training.distributed import Ranks
+from czm_fused.training.distributed import Ranks, is_launched
 from czm_fused.training.errors import TrainingError
-from czm_fused.training.loop import Trainer
+from czm_fused.training.trainer import Trainer, reference_trainer
 from czm_fused.training.run import check_options
-from czm_fused.training.settings import resolve
+from czm_fused.training import Config
 
 PROGRAM = Path(__file__).parent / "float64_training.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -88,9 +88,9 @@ def test_noise_of_the_shares_is_that_of_the_batch():
 
 
 def test_batch_norm_in_several_processes_needs_gpus():
-    settings = resolve({"depth": 8, "method": "bn"})
+    config = Config(**{"depth": 8, "method": "bn"}).resolve()
     with pytest.raises(ValueError, match="--method bn in several processes needs --device cuda"):
-        Trainer(settings, data.digits(), torch.device("cpu"), Ranks(0, 2))
+        reference_trainer(config, data.digits(), torch.device("cpu"), Ranks(0, 2))
 
 
 def test_options_of_a_single_process_are_refused_under_torchrun(monkeypatch):
