@@ -58,6 +58,10 @@ class DeviceBatches:
         images = self.data.test.at(indices)
         return images.pixels, images.labels
 
+    def size_of(self, batch: Tensor) -> int:
+        """Return the number of images of a batch."""
+        return len(batch)
+
     def sample(self, images: int) -> Tensor:
         """Return some test images as the network reads them; those of a folder are in its order."""
         every = max(1, len(self.data.test) // images)
@@ -109,6 +113,10 @@ class LoaderBatches:
         return images, labels
 
     load_testing = load_training
+
+    def size_of(self, batch: Any) -> int:
+        """Return the number of images of a batch."""
+        return len(batch[1])
 
     def normalise(self, images: Tensor) -> Tensor:
         return images

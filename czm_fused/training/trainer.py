@@ -206,26 +206,26 @@ class Trainer:
             self._train = CapturedStep(train, self.config.batch_size, [self.generator])
             self._test = CapturedStep(test, TEST_BATCH_SIZE)
 
-    def _train_step(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take a step; return loss, right answers and images, the first two of this process."""
+    def _train_step(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a step; return the loss and the right answers of this process's images."""
         whole = len(labels)
         share = self.ranks.share(whole)
         is_full = whole == self.config.batch_size
         network = self._compiled if self._compiled is not None and is_full else self._network
-        result = self._forward(network, pixels[share], labels[share], whole)
+        loss, hits = self._forward(network, pixels[share], labels[share], whole)
         self.optimizer.zero_grad()
         # The gradients of the processes are averaged, the losses are parts of a sum.
-        (self.ranks.size * result[0]).backward()
+        (self.ranks.size * loss).backward()
         self.optimizer.step()
-        return result[0].detach(), *result[1:]
+        return loss.detach(), hits
 
-    def _test_step(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _test_step(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         share = self.ranks.share(len(labels))
         return self._forward(self.model, pixels[share], labels[share], len(labels))
 
     def _forward(
         self, network: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, whole: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         images = self.batches.normalise(pixels)
         if images.dim() == 4:
             images = images.contiguous(memory_format=self.memory_format)
@@ -233,8 +233,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocasts):
             outputs = network(images)
             loss = F.cross_entropy(outputs, labels, reduction="sum") / whole
-        hits = (outputs.detach().argmax(dim=1) == labels).sum()
-        return loss, hits, torch.full_like(hits, whole)
+        return loss, (outputs.detach().argmax(dim=1) == labels).sum()
 
     def _pass(
         self,
@@ -246,6 +245,7 @@ class Trainer:
         from tqdm import tqdm
 
         results: list[tuple[Tensor, ...]] = []  # on the device until they are read
+        sizes: list[int] = []
         next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
         total = len(batches) if hasattr(batches, "__len__") else None
         hidden = None if self.ranks.rank == 0 else True
@@ -255,25 +255,28 @@ class Trainer:
             for batch in bar:
                 between_steps()
                 results.append(step(batch))
+                sizes.append(self.batches.size_of(batch))
                 if self.ranks.size == 1 and time.monotonic() >= next_look:
-                    loss, accuracy, _ = self._read(results, title)
+                    loss, accuracy, _ = self._read(results, sizes, title)
                     bar.set_postfix_str(f"loss {loss:.3f}, {accuracy:.1f} %")
                     next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
-        return self._read(results, title)
+        return self._read(results, sizes, title)
 
-    def _read(self, results: list[tuple[Tensor, ...]], title: str) -> tuple[float, float, int]:
+    def _read(
+        self, results: list[tuple[Tensor, ...]], sizes: list[int], title: str
+    ) -> tuple[float, float, int]:
         if not results:
             raise TrainingError(f"{title}: the DataLoader gave no batch")
         found = torch.stack([torch.stack(each).double() for each in zip(*results, strict=True)])
-        self.ranks.sum_(found[:2])
-        losses, hits, sizes = found.cpu()
+        losses, hits = self.ranks.sum_(found).cpu()
         for step, loss in enumerate(losses.tolist(), start=1):
             if not math.isfinite(loss):
                 raise DivergedError(
                     f"the loss became {loss} in {title}, step {step}, seed {self.config.seed}"
                 )
-        images = sizes.sum()
-        return float(sizes @ losses / images), 100 * float(hits.sum() / images), int(images)
+        images = sum(sizes)
+        weights = torch.tensor(sizes, dtype=torch.float64) / images
+        return float(weights @ losses), 100 * float(hits.sum()) / images, images
 
     @contextmanager
     def _context(self) -> Iterator[None]:
