@@ -1,12 +1,11 @@
-"""czm-train's own loop, of one seed or of several together."""
+"""czm-train's own loop."""
 
 from __future__ import annotations
 
 import torch
 
-from czm_fused.training import data
-from czm_fused.training.loop import Trainer, train_epoch
-from czm_fused.training.settings import resolve
+from czm_fused.training import Config, data
+from czm_fused.training.trainer import reference_trainer
 
 from .images import CLASSES, CROP_PADDING
 from .options import Options
@@ -22,7 +21,6 @@ class CZMTraining:
         batch: images a step.
         device: where everything is.
         options: of speed.
-        seeds: how many are trained together.
         given: other settings of `czm-train`.
     """
 
@@ -36,12 +34,10 @@ class CZMTraining:
         batch: int,
         device: torch.device,
         options: Options,
-        seeds: int = 1,
         **given: object,
     ) -> None:
         self.provider = "czm_train" if method == "czmig" else f"czm_train_{method}"
         self.options = options
-        self.seeds = seeds
         settings = {
             "method": method,
             "dataset": "cifar10",
@@ -54,21 +50,15 @@ class CZMTraining:
         }
         images = images.to(device)
         self.data = data.DataSet(images, images, CLASSES)
-        self.trainers = [
-            Trainer(resolve({**settings, "seed": seed}), self.data, device)
-            for seed in range(seeds)
-        ]
+        self.trainer = reference_trainer(Config(**settings).resolve(), self.data, device)
 
     def epoch(self) -> float:
-        """Train every seed on every image once; return the first one's mean loss."""
-        return train_epoch(self.trainers)[0][0]
+        """Train on every image once; return the mean loss."""
+        return self.trainer.train_epoch()[0]
 
     def input(self) -> None:
         """Gather, augment and normalise every image once, and train on none."""
-        trainer = self.trainers[0]
-        order = torch.randperm(
-            len(self.data.train), generator=trainer.generator, device=trainer.device
-        )
-        for indices in order.split(trainer.settings.batch_size):
-            images = trainer.normalise(trainer.augment(self.data.train.pixels[indices]))
-            images.contiguous(memory_format=trainer.memory_format)
+        batches = self.trainer.batches
+        for indices in batches.training():
+            images = batches.normalise(batches.load_training(indices)[0])
+            images.contiguous(memory_format=self.trainer.memory_format)

@@ -35,8 +35,9 @@ def key(images: Path, files: Sequence[tuple[str, int, int]]) -> str:
     """
     place = os.path.realpath(images)
     content = hashlib.sha256(_VERSION.encode())
+    start = len(str(images))
     for path, size, time in files:
-        content.update(f"{os.path.relpath(path, images)}\0{size}\0{time}\0".encode(errors="replace"))
+        content.update(f"{path[start:]}\0{size}\0{time}\0".encode(errors="replace"))
     return f"{_digest(place)}-{content.hexdigest()[:16]}.npy"
 
 

@@ -65,7 +65,8 @@ def read(
     """
     import tyro
 
-    return tyro.cli(kind, args=list(arguments), default=default, **keywords)
+    arguments = _with_value(arguments, "--resume", "")
+    return tyro.cli(kind, args=arguments, default=default, **keywords)
 
 
 def parse(arguments: Sequence[str]) -> tuple[ResolvedConfig, dict[str, Any] | None]:

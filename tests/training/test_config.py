@@ -1,7 +1,7 @@
 import pytest
 
-from czm_fused.training.errors import TrainingError
 from czm_fused.training.config import Config, check_resumed, from_saved
+from czm_fused.training.errors import TrainingError
 
 
 def resolve(given):

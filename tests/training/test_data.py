@@ -5,9 +5,8 @@ from quick_runs import png
 from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
-from czm_fused.training import data
+from czm_fused.training import Config, data
 from czm_fused.training.errors import TrainingError
-from czm_fused.training import Config
 
 
 @pytest.fixture(autouse=True)

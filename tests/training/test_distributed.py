@@ -13,8 +13,8 @@ from quick_runs import assert_same, read_metrics
 from czm_fused.training import Config, checkpoint, data
 from czm_fused.training.distributed import Ranks, is_launched
 from czm_fused.training.errors import TrainingError
-from czm_fused.training.trainer import reference_trainer
 from czm_fused.training.run import check_options
+from czm_fused.training.trainer import reference_trainer
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PROGRAM = Path(__file__).parent / "float64_training.py"

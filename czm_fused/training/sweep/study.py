@@ -51,7 +51,7 @@ def open_study(
     """
     require("optuna", "sqlalchemy", "filelock")
     import optuna
-    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+    from sqlalchemy.exc import SQLAlchemyError
 
     if distributed.is_launched():
         raise TrainingError(
@@ -65,20 +65,11 @@ def open_study(
     url = storage or f"sqlite:///{file}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        backend = optuna.storages.RDBStorage(
-            url,
-            # SQLite makes writers wait for each other; a server knows no such argument.
-            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
-            heartbeat_interval=heartbeat,
-            heartbeat_stale_trial_callback=enqueue_again,
-        )
-        study = optuna.create_study(
-            storage=backend, study_name=name, load_if_exists=True, direction="maximize", **options
-        )
+        study = _join(name, url, heartbeat, options)
         wanted = json.loads(json.dumps({"format": FORMAT, **(protocol or {})}))
         if protocol is not None and "protocol" not in study.user_attrs:
             study.set_user_attr("protocol", wanted)
-    except (SQLAlchemyError, ArgumentError, OSError, ImportError, RuntimeError, ValueError) as error:
+    except (SQLAlchemyError, OSError, ImportError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(
             f"cannot reach the storage {url} ({reason}): check --storage and its driver, or leave "
@@ -87,6 +78,34 @@ def open_study(
     if protocol is not None:
         _check_protocol(study, wanted, storage or str(file))
     return study
+
+
+def _join(name: str, url: str, heartbeat: int, options: dict[str, Any]) -> optuna.Study:
+    import optuna
+    from sqlalchemy.exc import DBAPIError
+
+    # SQLite makes writers wait for each other; a server knows no such argument.
+    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None
+    attempts = 10
+    while True:
+        try:
+            storage = optuna.storages.RDBStorage(
+                url,
+                engine_kwargs=engine,
+                heartbeat_interval=heartbeat,
+                heartbeat_stale_trial_callback=enqueue_again,
+            )
+            return optuna.create_study(
+                storage=storage, study_name=name, load_if_exists=True, direction="maximize",
+                **options,
+            )  # fmt: skip
+        except DBAPIError as error:
+            # Workers that start together create the tables together, and all but one fail.
+            is_race = any(word in str(error).lower() for word in ("exists", "unique", "duplicate"))
+            attempts -= 1
+            if not is_race or not attempts:
+                raise
+            time.sleep(0.2)
 
 
 def _check_protocol(study: optuna.Study, wanted: dict[str, Any], place: str) -> None:
