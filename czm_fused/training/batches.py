@@ -147,10 +147,10 @@ def of_loaders(data: Any, device: torch.device) -> LoaderBatches:
     Raises:
         TrainingError: `data` is neither.
     """
-    pair = data if isinstance(data, (tuple, list)) else (data, None)
-    if len(pair) != 2 or not isinstance(pair[0], (DataLoader, Iterable)):
+    train, test, *rest = (*data, None) if isinstance(data, (tuple, list)) else (data, None)
+    if rest not in ([], [None]) or not isinstance(train, (DataLoader, Iterable)):
         raise TrainingError(
             "data must be a folder, a DataLoader or a pair of DataLoaders (training, test), but "
             f"was {type(data).__name__}"
         )
-    return LoaderBatches(*pair, device)
+    return LoaderBatches(train, test, device)

@@ -72,7 +72,7 @@ def panels(title: str, quantities: Sequence[str]) -> tuple[Any, list[Any]]:
 
 
 def fill(
-    axes: Any, epochs: Sequence[int], low: Sequence[float], high: Sequence[float], **style: Any
+    axes: Any, epochs: Sequence[float], low: Sequence[float], high: Sequence[float], **style: Any
 ) -> None:
     """Fill the band between `low` and `high`; that of one epoch gets the width of its marker."""
     if len(epochs) == 1:

@@ -358,7 +358,7 @@ def _epoch(trainer: Trainer, folder: Path, stop_if_asked: Callable[[], None]) ->
     try:
         loss, accuracy, images = trainer.train_epoch(stop_if_asked)
         train_seconds = time.perf_counter() - started
-        record = {
+        record: dict[str, Any] = {
             "epoch": trainer.epoch,
             "lr": lr,
             "train_loss": loss,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -136,8 +136,10 @@ class Trainer:
         found: dict[str, float | None] = {}
         for layer in diagnose(self.model, images, self.optimizer).layers:
             ratio = layer.rejection_db
-            known = ratio is not None and not math.isnan(ratio)
-            found[layer.name] = round(max(-_MOST_DB, min(ratio, _MOST_DB)), 3) if known else None
+            if ratio is None or math.isnan(ratio):
+                found[layer.name] = None
+            else:
+                found[layer.name] = round(max(-_MOST_DB, min(ratio, _MOST_DB)), 3)
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -247,11 +249,10 @@ class Trainer:
         results: list[tuple[Tensor, ...]] = []  # on the device until they are read
         sizes: list[int] = []
         next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
-        total = len(batches) if hasattr(batches, "__len__") else None
+        total = len(batches) if isinstance(batches, Sized) else None
         hidden = None if self.ranks.rank == 0 else True
-        with tqdm(
-            batches, title, total=total, unit="step", disable=hidden, leave=False, dynamic_ncols=True
-        ) as bar:
+        style = {"unit": "step", "disable": hidden, "leave": False, "dynamic_ncols": True}
+        with tqdm(batches, title, total=total, **style) as bar:
             for batch in bar:
                 between_steps()
                 results.append(step(batch))

@@ -37,7 +37,8 @@ def images():
 
 
 def trainer_of(images, **given):
-    return reference_trainer(Config(**{**QUICK, **given}).resolve(), images, torch.device("cuda", 0))
+    config = Config(**{**QUICK, **given}).resolve()
+    return reference_trainer(config, images, torch.device("cuda", 0))
 
 
 def step_backends():

@@ -169,7 +169,8 @@ def test_cosine_ends_near_zero(train, tmp_path):
 def test_every_training_image_is_seen_once_an_epoch(monkeypatch, size, last_batch, sizes):
     from czm_fused.training import Config, data
 
-    config = Config(**{"depth": 8, "batch_size": size, "last_batch": last_batch, "crop_padding": 0}).resolve()
+    values = {"depth": 8, "batch_size": size, "last_batch": last_batch, "crop_padding": 0}
+    config = Config(**values).resolve()
     digits = data.digits()
     trainer = reference_trainer(config, digits, torch.device("cpu"))
     seen = []

@@ -61,7 +61,7 @@ def open_study(
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     file = folder / f"{name}.db"
     if folder.is_dir() and any(folder.iterdir()) and storage is None and not file.exists():
-        raise TrainingError(f"--folder {folder} holds files and no {file.name}: choose an empty one")
+        raise TrainingError(f"--folder {folder} holds files and no {file.name}: empty it")
     url = storage or f"sqlite:///{file}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,7 @@ def train_or_resume(
 
 
 def _wait_for(folder: Path) -> None:
-    """Wait for a worker that counted as dead, for instance while it was suspended, and trains on."""
+    """Wait for a worker that counted as dead, for instance while suspended, and trains on."""
     from filelock import FileLock
 
     if (folder / LOCK).exists():

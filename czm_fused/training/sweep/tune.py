@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
     done = (TrialState.COMPLETE, TrialState.PRUNED)
 
     def train(trial: optuna.Trial) -> float:
-        values = {}
+        values: dict[str, Any] = {}
         for name in names:
             low, high, log = SEARCHED[name]
             values[name] = trial.suggest_float(name, low, high, log=log)
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str]) -> None:
         reason = passed_over[0] if passed_over else "all diverged"
         raise TrainingError(f"no trial was trained to its end: {reason}")
     best = study.best_trial
-    found = {name: float(f"{value:.3g}") for name, value in best.params.items()}
+    found: dict[str, Any] = {name: float(f"{value:.3g}") for name, value in best.params.items()}
     held = Config.hold_out if "--hold-out" not in " ".join(others) else base.hold_out
     command = command_of(
         replace(options, **found, hold_out=held), defaults_of(base.method, base.dataset)
