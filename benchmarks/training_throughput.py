@@ -61,7 +61,6 @@ def _czm(
     batch: int,
     device: torch.device,
     options: Options,
-    seeds: int = 1,
     noise: float | None = None,
     lr: float = 0.4,
 ) -> CZMTraining:
@@ -70,7 +69,7 @@ def _czm(
         given["head_lr"] = lr
         if noise is not None:
             given["noise"] = noise
-    return CZMTraining(method, depth, source, batch, device, options, seeds, **given)
+    return CZMTraining(method, depth, source, batch, device, options, **given)
 
 
 def _plain(*where: Any, workers: int, noise: float | None = None, lr: float = 0.1) -> PlainTraining:
@@ -143,10 +142,6 @@ def _parser() -> argparse.ArgumentParser:
         "--options", nargs="+", metavar="NAME",
         help="measure these rows alone, such as channels_last+bfloat16 (default: all)",
     )  # fmt: skip
-    parser.add_argument(
-        "--seeds", type=positive(int), metavar="K",
-        help="seeds trained together, against one (default: 8 with --device cuda, else none)",
-    )  # fmt: skip
     parser.add_argument("--threads", type=positive(int), help="of torch (default: torch's own)")
     parser.add_argument(
         "--rounds", type=positive(int), default=200, help="at most (default: 200)"
@@ -202,11 +197,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
     trainings = [each(**TIMED) for each in makers(options.depth, *data)]
-    seeds = options.seeds or (8 if device.type == "cuda" else 0)
-    if seeds:
-        where = (options.depth, source, options.batch, device)
-        shared = [each for each in chosen if each == Options() or each.cuda_graph]
-        trainings += [_czm("czmig", *where, each, seeds, **TIMED) for each in shared]
     model = f"resnet{options.depth}"
     rows = measure(
         trainings, model, options.batch, options.steps, device, options.seconds, options.rounds

@@ -25,6 +25,7 @@ class CZMTraining:
     """
 
     workers = 0
+    seeds = 1
 
     def __init__(
         self,

@@ -30,7 +30,8 @@ def loader(seed, images=60):
 
 
 def config(tmp_path, **given):
-    return Config(**{"epochs": 4, "lr": 0.1, "device": "cpu", "out": str(tmp_path / "run"), **given})
+    values = {"epochs": 4, "lr": 0.1, "device": "cpu", "out": str(tmp_path / "run")}
+    return Config(**{**values, **given})
 
 
 @pytest.mark.parametrize("method", ["czmig", "plain"])

@@ -25,7 +25,7 @@ def training_throughput(monkeypatch):
 def test_training_throughput_writes_rows(training_throughput, tmp_path, capsys):
     rows_file, details_file = tmp_path / "rows.json", tmp_path / "details.json"
     files = ["--json", str(rows_file), "--details", str(details_file)]
-    options = ["--options", "float32", "channels_last+bfloat16", "--seeds", "2"]
+    options = ["--options", "float32", "channels_last+bfloat16"]
     assert training_throughput.main([*SHORT, *options, *files]) == 0
 
     rows = json.loads(rows_file.read_text())
@@ -43,7 +43,7 @@ def test_training_throughput_writes_rows(training_throughput, tmp_path, capsys):
         (provider, options, 1)
         for provider in ("czm_train", "czm_train_bn", "pytorch")
         for options in ("float32", "channels_last+bfloat16")
-    } | {("czm_train", "float32", 2)}
+    }
     for row in rows:
         if row["provider"] == "pytorch":
             assert row["speedup"] == 1
