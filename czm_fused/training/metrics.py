@@ -72,11 +72,11 @@ class MetricsLog:
 
 def describe(record: dict[str, Any], epochs: int) -> str:
     """Return an epoch's record as a line of less than 80 columns."""
-    line = f"epoch {record['epoch']:{len(str(epochs))}}/{epochs}  lr {record['lr']:<6.3g}"
+    line = f"epoch {record['epoch']:{len(str(epochs))}}/{epochs} lr {record['lr']:<6.2g}"
     for part in ("train", "test"):
         if f"{part}_loss" in record:
             loss, accuracy = record[f"{part}_loss"], record[f"{part}_accuracy"]
-            line += f"  {part} {loss:<6.4g} {accuracy:6.2f} %"
+            line += f"  {part} {loss:.3f} {accuracy:6.2f} %"
     return f"{line}  {record['images_per_second']:.0f} img/s"
 
 
