@@ -77,7 +77,7 @@ def describe(record: dict[str, Any], epochs: int) -> str:
         if f"{part}_loss" in record:
             loss, accuracy = record[f"{part}_loss"], record[f"{part}_accuracy"]
             line += f"  {part} {loss:.3f} {accuracy:6.2f} %"
-    return f"{line}  {record['images_per_second']:.0f} img/s"
+    return f"{line} {record['images_per_second']:.0f} img/s"
 
 
 def _line(record: dict[str, Any]) -> str:
