@@ -171,7 +171,9 @@ def run(
             except (TypeError, LookupError, ValueError) as error:
                 raise TrainingError(f"the checkpoint is damaged: {error!r}") from error
         with locked(folder) if writes else nullcontext(), held_back() as stop_if_asked:
-            log = _open(folder, config, trainer, history, seconds) if writes else None
+            # Every rank takes part in its trainer's state.
+            state = _state(config, trainer, history, seconds, None)
+            log = _open(folder, state) if writes else None
             try:
                 while trainer.epoch < config.epochs:
                     record = _epoch(trainer, folder, stop_if_asked)
@@ -305,15 +307,10 @@ def pick_device(name: str) -> torch.device:
     return torch.device(device.type, index)
 
 
-def _open(
-    folder: Path,
-    config: ResolvedConfig,
-    trainer: Trainer,
-    history: list[dict[str, Any]],
-    seconds: float,
-) -> metrics.MetricsLog:
+def _open(folder: Path, state: dict[str, Any]) -> metrics.MetricsLog:
     """Remove what another run, or the resumed one, has left, and begin the files of this one."""
     stale = [SUMMARY, *(f"{name}.{suffix}" for name in _PLOTS for suffix in ("png", "svg", "pdf"))]
+    history = state["history"]
     try:
         known = (folder / checkpoint.FILE_NAME).exists()
         written = checkpoint.load(folder).get("event_files", []) if known else []
@@ -323,7 +320,6 @@ def _open(
             for name in stale:
                 (folder / Path(name).name).unlink(missing_ok=True)
         # First of all files: it tells that the folder is a run of czm-train.
-        state = _state(config, trainer, history, seconds, None)
         checkpoint.save(folder / checkpoint.FILE_NAME, state)
         log = metrics.MetricsLog(folder, history)
         if history:
