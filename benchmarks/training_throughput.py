@@ -25,8 +25,8 @@ from common.table import table
 from czm_fused.models import blocks_per_stage
 from czm_fused.training import data
 from czm_fused.training.errors import TrainingError
-from czm_fused.training.loop import Trainer, train_epoch
-from czm_fused.training.settings import resolve
+from czm_fused.training.config import Config
+from czm_fused.training.trainer import reference_trainer
 
 # Weights stay where they are for thousands of steps.
 TIMED_RATE = 1e-4
@@ -133,7 +133,7 @@ class CZMTraining:
     ) -> None:
         self.provider = "czm_train" if method == "czmig" else f"czm_train_{method}"
         self.speed = speed
-        settings = {
+        settings: dict[str, Any] = {
             "method": method,
             "dataset": "cifar10",
             "depth": depth,
@@ -143,23 +143,21 @@ class CZMTraining:
             **speed.settings(),
             **given,
         }
+        config = Config(**settings).resolve()
         moved = source.to(options.torch_device)
-        self.data = data.DataSet(moved, moved, images.CLASSES)
-        self.trainer = Trainer(resolve(settings), self.data, options.torch_device)
+        where = data.DataSet(moved, moved, images.CLASSES), options.torch_device
+        self.trainer = reference_trainer(config, *where)
 
     def epoch(self) -> float:
         """Train on every image once; return the mean loss."""
-        return train_epoch([self.trainer])[0][0]
+        return self.trainer.train_epoch()[0]
 
     def input(self) -> None:
         """Gather, augment and normalise every image once, and train on none."""
-        trainer = self.trainer
-        order = torch.randperm(
-            len(self.data.train), generator=trainer.generator, device=trainer.device
-        )
-        for indices in order.split(trainer.settings.batch_size):
-            pixels = trainer.normalise(trainer.augment(self.data.train.pixels[indices]))
-            pixels.contiguous(memory_format=trainer.memory_format)
+        batches = self.trainer.batches
+        for indices in batches.training():
+            pixels, _ = batches.load_training(indices)
+            batches.normalise(pixels).contiguous(memory_format=self.trainer.memory_format)
 
 
 def trainings(

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 from torchvision.transforms import v2
+
 from czm_fused import FusedCZMSGD, convert, czm_param_groups
 
 
@@ -106,7 +107,7 @@ def main(args):
 
     print("Creating model")
     model = torchvision.models.get_model(args.model, weights=None, num_classes=num_classes)
-    convert(model)
+    model = convert(model)
     model.to(device)
     if distributed and args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -1,1 +1,14 @@
-"""The reference training: the paper's CIFAR residual networks, with and without BatchNorm."""
+"""The reference training of the paper's networks, and `train` for your own."""
+
+from .config import Config
+from .errors import DivergedError, MissingExtraError, TrainingError
+from .run import TrainingResult, train
+
+__all__ = [
+    "Config",
+    "DivergedError",
+    "MissingExtraError",
+    "TrainingError",
+    "TrainingResult",
+    "train",
+]

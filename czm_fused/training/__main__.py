@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
-from . import checkpoint
-from .cli import parse
+from ..version import __version__
 from .errors import TrainingError
-from .run import run_together
-from .sweep import commands
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+CLOSED_OUTPUT = 141
 
-COMMANDS = {"table1": commands.table1, "figures": commands.figures}
+COMMANDS = ("table1", "figures", "tune")
+
+_ASCII = {"±": "+-", "×": "x", "‖": "||", "─": "-", "│": "|", "…": "..."}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,32 +31,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line, `sys.argv`'s by default.
 
     Returns:
-        0 on success, 2 when the input is bad or the loss diverges, 130 after Ctrl-C.
+        0 on success, 2 when the input is bad or the loss diverges, 130 after Ctrl-C, 141 when the
+        reader of the output has gone.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    command = COMMANDS.get(arguments[0]) if arguments else None
-    invocation = None
+    hint: Callable[[], str] = lambda: "the same command goes on from here"  # noqa: E731
+    _prepare_terminal()
     try:
-        if command is not None:
-            command(arguments[1:])
+        if arguments == ["--version"]:
+            print(f"czm-train {__version__}")
+        elif arguments and arguments[0] in COMMANDS:
+            import_module(f".sweep.{arguments[0]}", __package__).main(arguments[1:])
         else:
-            invocation = parse(arguments)
-            run_together(invocation.runs)
-    except TrainingError as error:
-        print(f"czm-train: error: {' '.join(str(error).split())}", file=sys.stderr)
+            from .cli import parse
+            from .run import run
+
+            hint = lambda: "nothing was saved yet"  # noqa: E731
+            config, resumed = parse(arguments)
+            saved = Path(config.out, "checkpoint.pt")
+            hint = lambda: (  # noqa: E731
+                f"continue with: czm-train --resume {config.out}"
+                if saved.exists()
+                else "nothing was saved yet"
+            )
+            run(config, resumed=resumed)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_OUTPUT
+    except (TrainingError, OSError) as error:
+        _complain(f"error: {error}")
         return BAD_INPUT
     except KeyboardInterrupt:
-        if command is not None:
-            hint = "the same command goes on from here"
-        elif invocation is not None and any(
-            Path(settings.out, checkpoint.FILE_NAME).exists() for settings, _ in invocation.runs
-        ):
-            hint = f"continue with: czm-train {invocation.to_resume}"
-        else:
-            hint = "nothing was saved yet"
-        print(f"czm-train: interrupted; {hint}", file=sys.stderr)
+        _complain(f"interrupted; {hint()}")
         return INTERRUPTED
     return 0
+
+
+def _complain(message: str) -> None:
+    print(f"czm-train: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _prepare_terminal() -> None:
+    """Let text that the terminal's encoding lacks be printed in ASCII, and plots need no window."""
+    os.environ["MPLBACKEND"] = "agg"
+
+    def to_ascii(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        missing = error.object[error.start : error.end]
+        return "".join(_ASCII.get(each, "?") for each in missing), error.end
+
+    codecs.register_error("czm_ascii", to_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="czm_ascii")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From the uint8 pixels of a batch to what the network reads, on whichever device they are."""
+"""From the uint8 pixels of a batch to the input of the network, on the device of the pixels."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ class Normalisation:
     """
 
     def __init__(self, pixels: Tensor) -> None:
-        # A histogram holds the exact moments without a float copy of the data set.
+        # A histogram holds the exact moments without a float copy of the data set. Parts of some
+        # MiB keep the int64 copies that bincount makes small.
+        parts = pixels.split(max(1, 2**22 // max(1, pixels[0].numel())))
         counts = torch.stack(
-            [torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)]
-        ).double()
+            [
+                torch.stack([torch.bincount(c.flatten(), minlength=256) for c in part.unbind(1)])
+                for part in parts
+            ]
+        ).sum(0, dtype=torch.float64)
         values = torch.arange(256, dtype=torch.float64, device=pixels.device)
         weights = counts / counts.sum(dim=1, keepdim=True)
         mean = weights @ values
@@ -37,8 +42,8 @@ class Augmentation:
 
     Args:
         crop_padding: zero pixels added on every side before the crop; 0 leaves images in place.
-        flip: whether half of the images are mirrored left to right.
-        generator: the source of the draws, on the device of the images.
+        flip: True mirrors half of the images left to right.
+        generator: source of the draws, on the device of the images.
     """
 
     def __init__(self, crop_padding: int, flip: bool, generator: torch.Generator) -> None:

@@ -1,16 +1,15 @@
-"""One training in several processes, started by `torchrun`: each takes its share of every batch."""
+"""One training in several processes, started by `torchrun`, each with its share of every batch."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.overrides import TorchFunctionMode
 
 from .errors import TrainingError
 
@@ -23,21 +22,21 @@ class Ranks:
 
     Attributes:
         rank: of this process, 0 to `size` - 1; rank 0 writes the files.
-        size: how many processes there are.
+        size: number of processes.
     """
 
     rank: int = 0
     size: int = 1
 
     def share(self, images: int) -> slice:
-        """Return which images of a batch of so many are this process's: a part of equal size, +- 1.
+        """Return the images of a batch of so many that this process takes: equal parts, +- 1.
 
-        It is empty where there are fewer images than processes.
+        The slice is empty where there are fewer images than processes.
         """
         return slice(images * self.rank // self.size, images * (self.rank + 1) // self.size)
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Return `model`, its gradients made the mean of those of all processes.
+        """Return `model` with gradients that are the mean over all processes.
 
         Raises:
             ValueError: it has BatchNorm, whose statistics torch gathers from several processes on
@@ -60,12 +59,13 @@ class Ranks:
             distributed.all_reduce(values)
         return values
 
-    def draws_for(self, images: int) -> AbstractContextManager[Any]:
-        """Let every process draw the noise of a whole batch of so many images, and take its share.
-
-        All processes' generators then stay alike, and like that of a single process.
-        """
-        return nullcontext() if self.size == 1 else _WholeBatch(images, self.share(images))
+    def gather(self, value: Any) -> list[Any]:
+        """Return `value` of every process, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -77,33 +77,19 @@ class Ranks:
             distributed.barrier()
 
 
-class _WholeBatch(TorchFunctionMode):
-    """Makes `x.uniform_()`, a row for each image of a share, that share of a draw for all."""
-
-    def __init__(self, images: int, share: slice) -> None:
-        super().__init__()
-        self.images = images
-        self.share = share
-
-    def __torch_function__(
-        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None
-    ) -> Any:
-        keywords = keywords or {}
-        if function is not Tensor.uniform_:
-            return function(*arguments, **keywords)
-        part, *limits = arguments
-        whole = part.new_empty(self.images, *part.shape[1:]).uniform_(*limits, **keywords)
-        return part.copy_(whole[self.share])
-
-
 def is_launched() -> bool:
-    """Return whether `torchrun` started this process."""
-    return all(name in os.environ for name in _TORCHRUN)
+    """Return whether `torchrun` started this process.
 
-
-def local_rank() -> int | None:
-    """Return this process's number among those `torchrun` started on this machine, or None."""
-    return int(os.environ["LOCAL_RANK"]) if is_launched() else None
+    Raises:
+        TrainingError: the environment holds a part of torchrun's variables.
+    """
+    missing = [name for name in _TORCHRUN if name not in os.environ]
+    if missing and {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        raise TrainingError(
+            f"RANK and WORLD_SIZE are set, but {', '.join(missing)} not: start several processes "
+            "with torchrun -m czm_fused.training, or unset the two for one"
+        )
+    return not missing
 
 
 @contextmanager
@@ -126,3 +112,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         yield Ranks(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
+
+
+def local_rank() -> int:
+    """Return this process's number among those that `torchrun` started on this machine."""
+    return int(os.environ["LOCAL_RANK"])

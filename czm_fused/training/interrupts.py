@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment of the training's choice."""
+"""Ctrl-C at moments where the training can stop."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from types import FrameType
 
 @contextmanager
 def held_back() -> Iterator[Callable[[], None]]:
-    """Hold Ctrl-C back; give the function that lets it through, for where stopping is safe.
+    """Defer KeyboardInterrupt; yield the function that raises it, for where stopping is safe.
 
-    Wherever else a KeyboardInterrupt struck, it could leave a lock of the event writer taken, or
-    come out of `torch.save` as another error. A second Ctrl-C strikes at once all the same.
-    Does nothing outside the main thread, or where the interrupt is ignored.
+    Elsewhere it could leave a lock of the event writer taken, or come out of `torch.save` as
+    another error. A second Ctrl-C is raised at once. Does nothing outside the main thread, or where
+    the interrupt is ignored.
     """
     asked = False
 
@@ -25,16 +25,16 @@ def held_back() -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
         asked = True
 
-    def let_through() -> None:
+    def raise_if_asked() -> None:
         if asked:
             raise KeyboardInterrupt
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield let_through
+        yield raise_if_asked
         return
     previous = signal.signal(signal.SIGINT, note)
     try:
-        yield let_through
+        yield raise_if_asked
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -1,4 +1,4 @@
-"""What the methods are: the network and the optimizer that each one trains with."""
+"""The methods: the network and the optimizer that each one trains with."""
 
 from __future__ import annotations
 
@@ -11,77 +11,77 @@ from ..groups import czm_param_groups
 from ..init import GAIN, check_gain, czm_weight_, named_convolutions
 from ..models import CIFARResNet, cifar_resnet
 from ..optim import FusedCZMSGD
-from .settings import Settings
+from .config import ResolvedConfig
 
 _NORMS = {"czmig": "czm", "czmi": "czm", "bn": "bn", "plain": "none"}
 
 
-def uses_czm(settings: Settings) -> bool:
+def uses_czm(config: ResolvedConfig) -> bool:
     """Return whether the method trains zero-mean convolutions with `FusedCZMSGD`."""
-    return _NORMS[settings.method] == "czm"
+    return _NORMS[config.method] == "czm"
 
 
-def build_model(settings: Settings, *, in_channels: int, num_classes: int) -> nn.Module:
+def build_model(config: ResolvedConfig, *, in_channels: int, num_classes: int) -> nn.Module:
     """Return the method's network, initialised from torch's default generator."""
     model = cifar_resnet(
-        settings.depth,
-        norm=_NORMS[settings.method],
-        noise=settings.noise,
-        noise_on=settings.noise_on,
+        config.depth,
+        norm=_NORMS[config.method],
+        noise=config.noise,
+        noise_on=config.noise_on,
         in_channels=in_channels,
         num_classes=num_classes,
-        residual_bias=settings.residual_bias,
+        residual_bias=config.residual_bias,
     )
-    if uses_czm(settings):
-        _initialise(settings, model)
+    if uses_czm(config):
+        _initialise(config, model)
     return model
 
 
 @torch.no_grad()
-def _initialise(settings: Settings, model: CIFARResNet) -> None:
-    check_gain(settings.gain)
-    if settings.stem == "zero-mean":
+def _initialise(config: ResolvedConfig, model: CIFARResNet) -> None:
+    check_gain(config.gain)
+    if config.stem == "zero-mean":
         czm_weight_(model.stem.weight)
-    if settings.gain != GAIN:
+    if config.gain != GAIN:
         for convolution in named_convolutions(model).values():
-            convolution.weight.mul_(settings.gain / GAIN)
+            convolution.weight.mul_(config.gain / GAIN)
 
 
-def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: ResolvedConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Return the method's optimizer: `FusedCZMSGD`, or for BatchNorm and the plain net torch's SGD.
 
     The first group holds filters, at the learning rate `lr`.
     """
-    if not uses_czm(settings):
+    if not uses_czm(config):
         return torch.optim.SGD(
             model.parameters(),
-            lr=settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
             fused=True,
         )
-    head_lr = settings.lr if settings.head_lr is None else settings.head_lr
+    head_lr = config.lr if config.head_lr is None else config.head_lr
     stem: dict[str, Any] = {
         "scaled": {},
-        "zero-mean": {"zmg": settings.zmg},
+        "zero-mean": {"zmg": config.zmg},
         "plain": {"exp_scale": False, "luma": 0.0},
-    }[settings.stem]
-    rest = {"lr": head_lr, "luma": settings.classifier_luma}
+    }[config.stem]
+    rest = {"lr": head_lr, "luma": config.classifier_luma}
     groups = czm_param_groups(model, overrides={"stem": stem, "rest": rest})
     return FusedCZMSGD(
         groups,
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        zmg=settings.zmg,
-        luma=settings.luma,
-        backend=settings.backend,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        zmg=config.zmg,
+        luma=config.luma,
+        backend=config.backend,
     )
 
 
 @torch.no_grad()
 def direction_norms(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Return the norm ‖V‖ of every convolution filter of `model`, `(filters,)`.
+    """Return the norm ‖V‖ of every filter of three or more dimensions of `model`, `(filters,)`.
 
     Without exp-scaling, V is the weight itself.
     """
@@ -92,4 +92,4 @@ def direction_norms(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tenso
         weight_norms = torch.linalg.vector_norm(parameter.flatten(1), dim=1)
         log_scale = optimizer.state.get(parameter, {}).get("log_scale")
         norms.append(weight_norms if log_scale is None else weight_norms / log_scale.exp())
-    return torch.cat(norms)
+    return torch.cat(norms) if norms else torch.empty(0)

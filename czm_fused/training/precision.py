@@ -1,4 +1,4 @@
-"""How exactly a GPU multiplies float32 numbers."""
+"""The precision of float32 products on a GPU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ def float32_products(tf32: bool) -> Iterator[None]:
     torch itself leaves convolutions in TF32 and matrix products not.
 
     Args:
-        tf32: whether NVIDIA GPUs round the factors to 10 bits; sums stay float32. No other device
-            takes notice.
+        tf32: True lets NVIDIA GPUs round the factors to 10 bits; sums stay float32.
     """
     convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision, torch.get_float32_matmul_precision()

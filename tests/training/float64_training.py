@@ -2,12 +2,12 @@
 
 import sys
 
-from czm_fused.training import loop
+from czm_fused.training import batches, trainer
 from czm_fused.training.__main__ import main
 
 if __name__ == "__main__":
-    build = loop.build_model
-    loop.build_model = lambda *args, **kwargs: build(*args, **kwargs).double()
-    normalise = loop.Normalisation.__call__
-    loop.Normalisation.__call__ = lambda self, pixels: normalise(self, pixels).double()
+    build = trainer.build_model
+    trainer.build_model = lambda *args, **kwargs: build(*args, **kwargs).double()
+    normalise = batches.Normalisation.__call__
+    batches.Normalisation.__call__ = lambda self, pixels: normalise(self, pixels).double()
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import json
 
-from czm_fused.training.settings import resolve
+from czm_fused.training import Config
 
 QUANTILES = ("min", "p05", "p25", "p50", "p75", "p95", "max")
 
@@ -20,11 +20,12 @@ def record(epoch, accuracy, **more):
 
 def write_run(folder, given, accuracies, more=({},)):
     """Write a run whose epochs had these test accuracies; `more` goes into their records."""
-    settings = resolve({"depth": 8, "epochs": len(accuracies), **given, "out": str(folder)})
+    values = {"depth": 8, "epochs": len(accuracies), **given, "out": str(folder)}
+    config = Config(**values).resolve()
     more = list(more) * (len(accuracies) // len(more))
     records = [record(i, a, **m) for i, (a, m) in enumerate(zip(accuracies, more, strict=True), 1)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    summary = {**settings.as_dict(), "test_accuracy": accuracies[-1], "seconds": 1.0}
+    summary = {**config.as_dict(), "test_accuracy": accuracies[-1], "seconds": 1.0}
     (folder / "summary.json").write_text(json.dumps(summary))
     return records

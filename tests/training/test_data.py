@@ -5,9 +5,8 @@ from quick_runs import png
 from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
-from czm_fused.training import data
+from czm_fused.training import Config, data
 from czm_fused.training.errors import TrainingError
-from czm_fused.training.settings import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +58,8 @@ def test_hold_out_parts_the_training_images():
 
 
 def test_load_holds_out_what_the_settings_say():
-    assert len(data.load(resolve({"hold_out": 10})).test) == 10
-    assert len(data.load(resolve({})).test) == 899
+    assert len(data.load(Config(hold_out=10).resolve()).test) == 10
+    assert len(data.load(Config().resolve()).test) == 899
 
 
 def test_image_folder_makes_grey_images_rgb(image_tree):

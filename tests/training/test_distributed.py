@@ -10,18 +10,17 @@ import pytest
 import torch
 from quick_runs import assert_same, read_metrics
 
-from czm_fused.functional import draw_noise
-from czm_fused.training import checkpoint, data
-from czm_fused.training.distributed import Ranks
+from czm_fused.training import Config, checkpoint, data
+from czm_fused.training.distributed import Ranks, is_launched
 from czm_fused.training.errors import TrainingError
-from czm_fused.training.loop import Trainer
 from czm_fused.training.run import check_options
-from czm_fused.training.settings import resolve
+from czm_fused.training.trainer import reference_trainer
 
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PROGRAM = Path(__file__).parent / "float64_training.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # 898 images: the last batch has one, and so none for the first of two processes.
-RUN = ["--depth", "8", "--epochs", "1", "--device", "cpu", "--flip", "--noise", "0.1"]
+RUN = ["--depth", "8", "--epochs", "1", "--device", "cpu", "--flip", "--noise", "0"]
 RUN += ["--batch-size", "69", "--last-batch", "keep"]
 
 
@@ -57,7 +56,8 @@ def test_two_processes_train_the_weights_of_one(folders):
 
 def test_two_processes_leave_the_files_and_the_chance_of_one(folders):
     one, two = (checkpoint.load(folder)["trainer"] for folder in folders)
-    assert_same(two["generators"], one["generators"])
+    assert_same(two["generators"]["data"], one["generators"]["data"])
+    assert len(two["generators"]["default"]) == 2
     names = [{path.name for path in folder.iterdir()} for folder in folders]
     expected, actual = ({name for name in each if "events" not in name} for each in names)
     assert actual == expected
@@ -74,29 +74,34 @@ def test_shares_are_even_and_cover_the_batch(images, size):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_noise_of_the_shares_is_that_of_the_batch():
-    def draw(ranks):
-        torch.manual_seed(0)
-        with ranks.draws_for(7):
-            noise = draw_noise(torch.empty(7, 5, 2, 2)[ranks.share(7)], 0.3)
-        return noise, torch.get_rng_state()
-
-    expected, state = draw(Ranks())
-    drawn = [draw(Ranks(rank, 3)) for rank in range(3)]
-    assert torch.equal(torch.cat([noise for noise, _ in drawn]), expected)
-    assert all(torch.equal(each, state) for _, each in drawn)
-
-
 def test_batch_norm_in_several_processes_needs_gpus():
-    settings = resolve({"depth": 8, "method": "bn"})
+    config = Config(**{"depth": 8, "method": "bn"}).resolve()
     with pytest.raises(ValueError, match="--method bn in several processes needs --device cuda"):
-        Trainer(settings, data.digits(), torch.device("cpu"), Ranks(0, 2))
+        reference_trainer(config, data.digits(), torch.device("cpu"), Ranks(0, 2))
 
 
-def test_options_of_a_single_process_are_refused_under_torchrun(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+def test_cuda_graph_is_refused_under_torchrun(monkeypatch):
+    for name in TORCHRUN_VARIABLES:
         monkeypatch.setenv(name, "0")
-    with pytest.raises(TrainingError, match="--parallel-seeds is for a single process"):
-        check_options(resolve({"device": "cpu"}), torch.device("cpu"), runs=2)
     with pytest.raises(TrainingError, match="--cuda-graph is for a single process"):
-        check_options(resolve({"cuda_graph": True}), torch.device("cuda", 0), runs=1)
+        check_options(Config(cuda_graph=True).resolve(), torch.device("cuda", 0))
+
+
+def test_partial_launch_environment_is_refused(monkeypatch):
+    for name in TORCHRUN_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert not is_launched()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="RANK and WORLD_SIZE are set, but LOCAL_RANK"):
+        is_launched()
+
+
+def test_ranks_draw_noise_of_their_own():
+    config = Config(depth=8).resolve()
+    drawn = []
+    for ranks in (Ranks(), Ranks(0, 1), Ranks(1, 1)):
+        reference_trainer(config, data.digits(), torch.device("cpu"), ranks)
+        drawn.append(torch.rand(3))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])

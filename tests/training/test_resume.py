@@ -10,7 +10,7 @@ import torch
 from quick_runs import QUICK, assert_same, read_metrics, trained_state, without_times
 
 from czm_fused.training import checkpoint
-from czm_fused.training.loop import Trainer
+from czm_fused.training.trainer import Trainer
 
 STEPS_AN_EPOCH = 2
 

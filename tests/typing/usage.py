@@ -21,7 +21,6 @@ from czm_fused.conversion import Change, ConversionPlan
 from czm_fused.diagnostics import Report, diagnose, watch
 from czm_fused.functional import add_relu_noise
 from czm_fused.groups import ParamGroups
-from czm_fused.migrate import migrate
 from czm_fused.models import cifar_resnet
 from czm_fused.ops.backends import BackendReport
 
@@ -58,6 +57,5 @@ assert_type(measured.layers[0].rejection_db, float | None)
 with watch(network, optimizer, images, log=lambda numbers, step: print(step, len(numbers))):
     pass
 
-assert_type(migrate("import torch"), str)
 assert_type(czm_fused.__version__, str)
 assert_type(czm_fused.backends(), BackendReport)

@@ -3,134 +3,163 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..files import replacing
+from ..checkpoint import replacing
+from ..config import Config, option
 from ..plots import name_network
-from .folder import SweepFolder
-from .results import check_comparable, check_folder, complete_results, departures, of_row
-from .rows import BATCHNORM, TABLE1
-from .statistics import Summary, interval, summarise, welch_p
+from .rows import BATCHNORM, LOCAL, ROW_OPTIONS, TABLE1
 
-MARKDOWN = "table1.md"
-JSON = "table1.json"
+if TYPE_CHECKING:
+    import optuna
+    import pandas as pd
 
-_HEADER = (
-    *("method", "lr", "zmg", "noise", "n", "test accuracy, %", "95 % interval", "p"),
-    *("paper's, %", "paper's p"),
-)
+_PAPER_SEEDS = 8
 _EXPLANATION = """\
 Test accuracy after the final epoch: mean ± standard deviation over n seeds, and the 95 % interval
 of the mean (Student's t). p: Welch's two-sided t-test against BatchNorm, not corrected for the
 number of rows. The paper's values are of 8 seeds; its p follows from its means and deviations.
 """
+# Least important first: what a narrow terminal leaves out.
+_DROPPED_FIRST = ("paper's p", "95 % interval", "p", "paper's, %", "zmg", "noise")
 
 
-def measure(folder: SweepFolder) -> dict[str, Any]:
-    """Return Table 1 from the complete runs in `folder`: what they share, where that departs from
-    the protocol, and a record a row.
+def measure(study: optuna.Study) -> list[dict[str, Any]]:
+    """Return a record for each row of Table 1, from the complete trials of `study`."""
+    from scipy import stats
 
-    Raises:
-        TrainingError: a run is damaged, or does not belong with the others.
-    """
-    complete = complete_results(folder.path)
-    settings = check_comparable(complete) if complete else {}
-    accuracies = {
-        row: {result.settings["seed"]: result.test_accuracy for result in of_row(complete, row)}
-        for row in TABLE1
-    }
-    batchnorm = summarise(list(accuracies[BATCHNORM].values()))
-    rows = []
+    trials = study.get_trials(deepcopy=False)
+    records = []
     for row in TABLE1:
-        sample = summarise(list(accuracies[row].values()))
-        is_other = row is not BATCHNORM
-        rows.append(
+        own = [trial for trial in trials if trial.user_attrs.get("row") == row.name]
+        found = {
+            trial.user_attrs["seed"]: trial.user_attrs["summary"]["test_accuracy"]
+            for trial in own
+            if "summary" in trial.user_attrs
+        }
+        values = [found[seed] for seed in sorted(found)]
+        records.append(
             {
                 "row": row.name,
-                "method": row.method,
-                "lr": row.lr,
-                "zmg": row.zmg,
-                "noise": row.noise,
-                "n": sample.n,
-                "mean": sample.mean,
-                "sd": sample.sd,
-                "interval": interval(sample),
-                "p": welch_p(sample, batchnorm) if is_other else None,
-                "test_accuracies": dict(sorted(accuracies[row].items())),
-                "diverged_seeds": folder.diverged(row),
-                "paper": {
-                    "n": row.paper.n,
-                    "mean": row.paper.mean,
-                    "sd": row.paper.sd,
-                    "p": welch_p(row.paper, BATCHNORM.paper) if is_other else None,
-                },
+                **{name: getattr(row, name) for name in ROW_OPTIONS},
+                **summarise(values),
+                "test_accuracies": {str(seed): found[seed] for seed in sorted(found)},
+                "diverged_seeds": sorted(
+                    trial.user_attrs["seed"] for trial in own if "diverged" in trial.user_attrs
+                ),
+                "paper": {"n": _PAPER_SEEDS, "mean": row.mean, "sd": row.sd},
             }
         )
-    return {"settings": settings, "options": departures(complete), "rows": rows}
+    batchnorm = next(record for record in records if record["row"] == BATCHNORM.name)
+    for record in records:
+        for one, other in ((record, batchnorm), (record["paper"], batchnorm["paper"])):
+            known = one is not other and one["sd"] is not None and other["sd"] is not None
+            one["p"] = None
+            if known and (one["sd"] or other["sd"]):
+                samples = (x[name] for x in (one, other) for name in ("mean", "sd", "n"))
+                test = stats.ttest_ind_from_stats(*samples, equal_var=False)
+                one["p"] = float(test.pvalue)
+    return records
 
 
-def to_markdown(table: dict[str, Any]) -> str:
-    """Return the table as Markdown that is also readable as it stands."""
-    settings = table["settings"]
-    cells = [_HEADER, *(_cells(row) for row in table["rows"])]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [_line(row, widths) for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    title = "# Table 1"
-    if settings:
-        title += f": {name_network(settings)}, {settings['epochs']} epochs"
-    notes = [_EXPLANATION]
-    if table["options"]:
-        notes.append(f"Other than the paper's protocol: {', '.join(table['options'])}.\n")
-    return "\n".join([title, "", *lines, "", *notes])
+def summarise(values: list[float]) -> dict[str, Any]:
+    """Return n, mean, standard deviation and 95 % interval of the mean; None where unknown."""
+    import pandas as pd
+    from scipy import stats
+
+    sample = pd.Series(values, dtype="float64")
+    n = len(sample)
+    mean, sd = float(sample.mean()) if n else None, float(sample.std()) if n > 1 else None
+    interval = None
+    if sd is not None:
+        half = float(stats.t.ppf(0.975, n - 1) * sample.sem())
+        interval = [float(sample.mean()) - half, float(sample.mean()) + half]
+    return {"n": n, "mean": mean, "sd": sd, "interval": interval}
 
 
-def write_report(folder: SweepFolder) -> str:
-    """Write `table1.md` and `table1.json` into `folder`; return the Markdown.
+def table(records: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return the records as the cells of the printed table."""
+    import pandas as pd
+
+    def accuracy(sample: dict[str, Any]) -> str:
+        if sample["mean"] is None:
+            return "-"
+        return f"{sample['mean']:.2f}" + ("" if sample["sd"] is None else f" ± {sample['sd']:.2f}")
+
+    rows = []
+    for record in records:
+        is_batchnorm = record["row"] == BATCHNORM.name
+        diverged = len(record["diverged_seeds"])
+        rows.append(
+            {
+                "method": "BatchNorm" if is_batchnorm else record["method"].upper(),
+                "lr": f"{record['lr']:g}",
+                "zmg": "-" if is_batchnorm else f"{record['zmg']:g}",
+                "noise": f"{record['noise']:g}",
+                "n": f"{record['n']}" + (f" ({diverged} diverged)" if diverged else ""),
+                "test accuracy, %": accuracy(record),
+                "95 % interval": "{:.2f} to {:.2f}".format(*record["interval"])
+                if record["interval"]
+                else "-",
+                "p": "-" if record["p"] is None else f"{record['p']:.2g}",
+                "paper's, %": accuracy(record["paper"]),
+                "paper's p": "-" if is_batchnorm else f"{record['paper']['p']:.2g}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def to_markdown(frame: pd.DataFrame, columns: int | None = None) -> str:
+    """Return a table as Markdown; with `columns`, of at most so many where that can be had."""
+    frame = frame.copy()
+    for name in ("", *_DROPPED_FIRST):
+        if name:
+            frame = frame.drop(columns=name)
+        cells = [list(frame.columns), *frame.to_numpy().tolist()]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        if columns is None or sum(widths) + 3 * len(widths) + 1 <= columns:
+            break
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def write_report(study: optuna.Study, folder: Path) -> str:
+    """Write `table1.md` and `table1.json` into `folder`; return the table for the terminal.
 
     Raises:
-        TrainingError: as `measure`, or the files cannot be written.
+        TrainingError: the files cannot be written.
     """
-    check_folder(folder.path)
-    with folder.locked():
-        table = measure(folder)
-        markdown = to_markdown(table)
-        with replacing(folder.path / MARKDOWN) as file:
-            file.write(markdown.encode())
-        with replacing(folder.path / JSON) as file:
-            file.write((json.dumps(table, indent=2) + "\n").encode())
-    return markdown
+    records = measure(study)
+    summaries = [t.user_attrs["summary"] for t in study.trials if "summary" in t.user_attrs]
+    options = departures(summaries)
+    title = "# Table 1"
+    if summaries:
+        title += f": {name_network(summaries[0])}, {summaries[0]['epochs']} epochs"
+    notes = [_EXPLANATION]
+    if options:
+        notes.append(f"Other than the paper's protocol: {', '.join(options)}.\n")
+    frame = table(records)
+    with replacing(folder / "table1.md") as file:
+        file.write("\n".join([title, "", to_markdown(frame), "", *notes]).encode())
+    content = {"options": options, "rows": records}
+    with replacing(folder / "table1.json") as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+    narrow = to_markdown(frame, shutil.get_terminal_size().columns - 1)
+    return "\n".join([title, "", narrow, "", *notes])
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    diverged = len(row["diverged_seeds"])
-    paper = Summary(row["paper"]["n"], row["paper"]["mean"], row["paper"]["sd"])
-    is_batchnorm = row["row"] == BATCHNORM.name
-    return (
-        "BatchNorm" if is_batchnorm else row["method"].upper(),
-        f"{row['lr']:g}",
-        "-" if is_batchnorm else f"{row['zmg']:g}",
-        f"{row['noise']:g}",
-        f"{row['n']}" + (f" ({diverged} diverged)" if diverged else ""),
-        _mean_and_deviation(Summary(row["n"], row["mean"], row["sd"])),
-        "-" if row["interval"] is None else "{:.2f} to {:.2f}".format(*row["interval"]),
-        _p(row["p"]),
-        _mean_and_deviation(paper),
-        _p(row["paper"]["p"]),
-    )
-
-
-def _mean_and_deviation(sample: Summary) -> str:
-    if sample.mean is None:
-        return "-"
-    return f"{sample.mean:.2f}" + ("" if sample.sd is None else f" ± {sample.sd:.2f}")
-
-
-def _p(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-    return "| " + " | ".join(padded) + " |"
+def departures(summaries: list[dict[str, Any]]) -> list[str]:
+    """Return the options of the runs that are not the defaults of their method and data set."""
+    found: set[str] = set()
+    for summary in summaries:
+        given = {name: summary[name] for name in ("method", "dataset", "epochs")}
+        default = Config(**given).resolve().as_dict()
+        for name, value in default.items():
+            if name not in (*LOCAL, *ROW_OPTIONS, "depth", "seed") and summary[name] != value:
+                found.add(f"{option(name)} {summary[name]}")
+    return sorted(found)

@@ -1,7 +1,11 @@
 import pytest
 
+from czm_fused.training.config import Config, check_resumed, from_saved
 from czm_fused.training.errors import TrainingError
-from czm_fused.training.settings import resolve, resolve_resumed
+
+
+def resolve(given):
+    return Config(**given).resolve()
 
 
 @pytest.mark.parametrize(
@@ -44,7 +48,7 @@ def test_resolve_leaves_options_of_speed_off():
 
 
 def test_resolve_keeps_what_was_given():
-    given = {"lr": 0.3, "luma": 1e-3, "milestones": [5], "out": "somewhere", "noise": 0.0}
+    given = {"lr": 0.3, "luma": 1e-3, "milestones": (5,), "out": "somewhere", "noise": 0.0}
     settings = resolve(given)
     assert (settings.lr, settings.luma, settings.noise) == (0.3, 1e-3, 0.0)
     assert (settings.milestones, settings.out) == ((5,), "somewhere")
@@ -66,8 +70,8 @@ def test_resolve_names_the_folder_after_the_run():
         ({"crop_padding": -1}, "--crop-padding"),
         ({"seed": -1}, "--seed"),
         ({"workers": -1}, "--workers"),
-        ({"milestones": [3, 2]}, "--milestones"),
-        ({"milestones": [0]}, "--milestones"),
+        ({"milestones": (3, 2)}, "--milestones"),
+        ({"milestones": (0,)}, "--milestones"),
         ({"method": "bn", "zmg": 0.5}, "--zmg has no effect on --method bn"),
         ({"method": "bn", "head_lr": 0.1}, "--head-lr has no effect"),
         ({"method": "plain", "luma": 1e-4}, "--luma has no effect"),
@@ -76,7 +80,13 @@ def test_resolve_names_the_folder_after_the_run():
         ({"method": "bn", "gain": 1.0}, "--gain has no effect"),
         ({"method": "plain", "stem": "plain"}, "--stem has no effect"),
         ({"hold_out": -1}, "--hold-out must be at least 0, but was -1"),
-        ({"schedule": "cosine", "milestones": [1]}, "--milestones has no effect on --schedule c"),
+        ({"method": "sgd"}, "--method must be one of czmig, czmi, bn, plain, but was 'sgd'"),
+        ({"lr": float("nan")}, "--lr must be a finite number or nothing, but was nan"),
+        ({"depth": 20.0}, "--depth must be an integer"),
+        ({"epochs": True}, "--epochs must be an integer"),
+        ({"flip": "no"}, "--flip must be true or false"),
+        ({"milestones": "13"}, "--milestones must be a list of integers"),
+        ({"schedule": "cosine", "milestones": (1,)}, "--milestones has no effect on --schedule c"),
     ],
 )
 def test_resolve_refuses_what_cannot_be(given, message):
@@ -84,11 +94,17 @@ def test_resolve_refuses_what_cannot_be(given, message):
         resolve(given)
 
 
-def test_resolve_resumed_takes_the_checkpoints_settings():
-    saved = resolve({"depth": 8, "lr": 0.3, "milestones": [1, 2]}).as_dict()
-    may_change = {"epochs": 50, "cuda_graph": True, "device": "cuda"}
-    settings = resolve_resumed({"depth": 8, "milestones": [1, 2], **may_change}, saved)
-    assert settings.as_dict() == {**saved, **may_change}
+SAVED = {"depth": 8, "lr": 0.3, "milestones": (1, 2)}
+
+
+def test_saved_config_is_read_back():
+    config = resolve(SAVED)
+    assert from_saved(config.as_dict()) == config
+
+
+def test_check_resumed_lets_speed_and_place_change():
+    may_change = {"epochs": 50, "cuda_graph": True, "device": "cuda", "cache_dir": "there"}
+    check_resumed(resolve({**SAVED, **may_change}), resolve(SAVED))
 
 
 @pytest.mark.parametrize(
@@ -97,28 +113,30 @@ def test_resolve_resumed_takes_the_checkpoints_settings():
         {"depth": 14},
         {"lr": 0.2},
         {"method": "czmi"},
-        {"milestones": [3]},
+        {"milestones": (3,)},
         {"seed": 1},
         {"autocast": "bfloat16"},
         {"tf32": True},
     ],
 )
-def test_resolve_resumed_refuses_another_run(given):
-    saved = resolve({"depth": 8}).as_dict()
+def test_check_resumed_refuses_another_run(given):
     name = next(iter(given))
     with pytest.raises(TrainingError, match=f"trained with --{name} "):
-        resolve_resumed(given, saved)
+        check_resumed(resolve({"depth": 8, **given}), resolve({"depth": 8}))
 
 
-def test_resolve_resumed_keeps_the_length_of_a_cosine():
-    saved = resolve({"schedule": "cosine", "epochs": 4}).as_dict()
-    assert resolve_resumed({"epochs": 4}, saved).milestones == ()
+def test_check_resumed_keeps_the_length_of_a_cosine():
+    saved = resolve({"schedule": "cosine", "epochs": 4})
+    check_resumed(saved, saved)
     with pytest.raises(TrainingError, match="begun for 4 epochs, not 5: leave --epochs out"):
-        resolve_resumed({"epochs": 5}, saved)
+        check_resumed(resolve({"schedule": "cosine", "epochs": 5}), saved)
 
 
-def test_resolve_resumed_refuses_another_versions_settings():
+@pytest.mark.parametrize("damage", [{"noise": None}, {"lr": "0.1"}, {"depth": 9}, {"new": 1}])
+def test_saved_config_of_another_version_or_damaged_is_refused(damage):
     saved = resolve({}).as_dict()
-    del saved["noise"]
-    with pytest.raises(TrainingError, match="another version"):
-        resolve_resumed({}, saved)
+    if damage == {"noise": None}:
+        del saved["noise"]
+        damage = {}
+    with pytest.raises(TrainingError, match="another version|--lr must be|--depth"):
+        from_saved({**saved, **damage})

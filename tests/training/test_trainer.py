@@ -4,19 +4,17 @@ import pytest
 import torch
 from quick_runs import assert_same
 
-from czm_fused.training import data
-from czm_fused.training.loop import Trainer
+from czm_fused.training import Config, data
 from czm_fused.training.metrics import collapsed
-from czm_fused.training.rejection import is_due, rejection
-from czm_fused.training.settings import resolve
+from czm_fused.training.trainer import reference_trainer, rejection_is_due
 
 
 @pytest.mark.parametrize("method", ["czmig", "bn"])
 def test_rejection_is_of_every_convolution_and_changes_nothing(method):
-    settings = resolve({"depth": 8, "method": method})
-    trainer = Trainer(settings, data.digits(), torch.device("cpu"))
+    config = Config(depth=8, method=method).resolve()
+    trainer = reference_trainer(config, data.digits(), torch.device("cpu"))
     before = copy.deepcopy(trainer.state_dict())
-    found = rejection(trainer)
+    found = trainer.rejection()
     assert_same(trainer.state_dict(), before)
     convolutions = [name for name, p in trainer.model.named_parameters() if p.dim() == 4]
     assert [f"{name}.weight" for name in found] == convolutions
@@ -27,7 +25,7 @@ def test_rejection_is_of_every_convolution_and_changes_nothing(method):
 
 @pytest.mark.parametrize(("epochs", "times"), [(1, 1), (4, 4), (19, 19), (200, 20), (205, 21)])
 def test_rejection_is_due_about_twenty_times(epochs, times):
-    due = [epoch for epoch in range(1, epochs + 1) if is_due(epoch, epochs)]
+    due = [epoch for epoch in range(1, epochs + 1) if rejection_is_due(epoch, epochs)]
     assert len(due) == times and due[-1] == epochs
 
 

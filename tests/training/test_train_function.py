@@ -1,0 +1,89 @@
+"""train(): a network, and DataLoaders or a folder, of the user's own."""
+
+import json
+
+import pytest
+import torch
+from quick_runs import assert_same
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from czm_fused import czm_init_
+from czm_fused.training import Config, TrainingError, checkpoint, train
+
+
+def network(channels=1, classes=3):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)),
+    )
+    return czm_init_(model)
+
+
+def loader(seed, images=60):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (images,), generator=generator)
+    pixels = torch.randn(images, 1, 8, 8, generator=generator)
+    pixels[:, 0, 2, 2:6] += 4 * (labels - 1)[:, None]
+    return DataLoader(TensorDataset(pixels, labels), batch_size=20, shuffle=True)
+
+
+def config(tmp_path, **given):
+    values = {"epochs": 4, "lr": 0.1, "device": "cpu", "out": str(tmp_path / "run")}
+    return Config(**{**values, **given})
+
+
+@pytest.mark.parametrize("method", ["czmig", "plain"])
+def test_train_learns_from_dataloaders(tmp_path, method, capsys):
+    model = network()
+    options = config(tmp_path, method=method, epochs=20)
+    result = train(model, (loader(0), loader(1)), options)
+    assert result.model is model
+    assert result.folder == tmp_path / "run"
+    assert len(result.history) == 20
+    assert result.test_accuracy == result.history[-1]["test_accuracy"] > 60
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert summary["test_accuracy"] == result.test_accuracy
+    assert {"accuracy.png", "filters.png"} <= {path.name for path in result.folder.iterdir()}
+    assert "Sequential" in capsys.readouterr().out
+
+
+def test_train_resumes_bit_for_bit(tmp_path, monkeypatch):
+    whole = train(network(), (loader(0), loader(1)), config(tmp_path, out=str(tmp_path / "whole")))
+    save = checkpoint.save
+    calls = iter(range(100))
+
+    def interrupted(path, state):
+        save(path, state)
+        if next(calls) == 3:  # twice at the start, then once an epoch
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save", interrupted)
+        train(network(), (loader(0), loader(1)), config(tmp_path))
+    resumed = train(network(), (loader(0), loader(1)), config(tmp_path), resume=True)
+    assert len(resumed.history) == 4
+    assert_same(resumed.model.state_dict(), whole.model.state_dict())
+
+
+def test_train_without_test_images(tmp_path):
+    result = train(network(), loader(0), config(tmp_path, epochs=1))
+    assert result.test_accuracy is None
+    assert "test_accuracy" not in result.history[0]
+
+
+def test_train_on_an_image_folder(tmp_path, image_tree):
+    options = config(tmp_path, epochs=1, cache_dir=str(tmp_path / "cache"))
+    result = train(network(channels=3, classes=2), image_tree, options)
+    assert 0 <= result.test_accuracy <= 100
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
+
+
+def test_train_refuses_other_data(tmp_path):
+    for data in (3, (loader(0),) * 3):
+        with pytest.raises(TrainingError, match="data must be a folder, a DataLoader or a pair"):
+            train(network(), data, config(tmp_path))
+    with pytest.raises(TrainingError, match="must give pairs of tensors"):
+        train(network(), [torch.zeros(3)], config(tmp_path))
