@@ -85,9 +85,7 @@ def draw(theme: Theme, path: Path) -> None:
             axis.spines[:].set_visible(False)
         axes[1].set_yticklabels([])
         handles = [plt.Rectangle((0, 0), 1, 1, color=theme.bars[method]) for method in METHODS]
-        figure.legend(
-            handles, METHODS.values(), loc="outside lower center", ncols=2, frameon=False
-        )
+        figure.legend(handles, METHODS.values(), loc="outside lower center", ncols=2, frameon=False)
         figure.savefig(path, transparent=True, metadata={"Date": None})
         plt.close(figure)
 
