@@ -4,6 +4,7 @@ import doctest
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,8 +52,8 @@ class Block(NamedTuple):
 def blocks_of(page: Path) -> list[Block]:
     text = page.read_text()
     return [
-        Block(page, text.count("\n", 0, match.start(2)) + 1, match[1], match[2])
-        for match in re.finditer(r"^```(\w+)\n(.*?)^```", text, re.S | re.M)
+        Block(page, text.count("\n", 0, match.start(3)) + 1, match[2], textwrap.dedent(match[3]))
+        for match in re.finditer(r"^( *)```(\w+)\n(.*?)^\1```", text, re.S | re.M)
     ]
 
 
@@ -86,11 +87,14 @@ def test_pycon_block(block, tmp_path, monkeypatch):
 
 
 @needs_pages
-def test_every_python_block_is_marked_as_such():
-    # A block without a language, or with one that is not known here, would run nowhere.
-    fences = [line for page in PAGES for line in page.read_text().splitlines()]
-    opening = {line for line in fences if re.match(r"```+\w", line)}
-    assert opening <= {"```python", "```pycon", "```sh", "```text", "```diff", "```cpp", "```yaml"}
+def test_languages_of_blocks():
+    # A block without a language, or in another way of writing, would run nowhere.
+    for page in PAGES:
+        fences = re.findall(r"^ *(?:```+|~~~+)(.*)$", page.read_text(), re.M)
+        languages = [block.language for block in blocks_of(page)]
+        assert [fence for fence in fences if fence] == languages, page.name
+        assert len(fences) == 2 * len(languages), page.name
+        assert set(languages) <= {"python", "pycon", "sh", "text", "diff", "cpp"}, page.name
 
 
 @needs_pages
