@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import czm_fused
-from czm_fused import reference
+from czm_fused.ops.step import reference
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
