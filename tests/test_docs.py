@@ -133,6 +133,17 @@ def test_navigation_has_every_page():
 
 
 @needs_pages
+def test_scripts_and_styles_are_files_of_docs():
+    settings = (ROOT / "mkdocs.yml").read_text()
+    extra = re.findall(r"^  - (\S+\.(?:js|css))$", settings, re.M)
+    assert "katex/katex.min.js" in extra and "katex/katex.min.css" in extra
+    assert [name for name in extra if not (ROOT / "docs" / name).is_file()] == []
+    style = (ROOT / "docs" / "katex" / "katex.min.css").read_text()
+    fonts = set(re.findall(r"url\(([^)]*)\)", style))
+    assert fonts and all((ROOT / "docs" / "katex" / font).is_file() for font in fonts)
+
+
+@needs_pages
 def test_links_between_files_of_the_repository():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
