@@ -2,7 +2,7 @@
 
     python benchmarks/readme_picture.py
 
-Reads `results/cpu/batchnorm_cost_*.json` and measures nothing; writes one SVG for a light and one
+Reads `results/cpu/batchnorm_cost_*.jsonl` and measures nothing; writes one SVG for a light and one
 for a dark background into `docs/images/`.
 """
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 IMAGES = ROOT / "docs" / "images"
 
-METHODS = {"batchnorm": "BatchNorm", "czm_fused_noise": "czm-fused"}
+PROVIDERS = {"batchnorm": "BatchNorm", "czm_fused_noise": "czm-fused"}
 NETWORKS = {"resnet20": "ResNet20", "resnet110": "ResNet110"}
 PANELS = {
     "peak_bytes": ("Peak memory of a training step, MB", 1e6, "{:.0f} MB"),
@@ -42,11 +42,12 @@ THEMES = {
 
 
 def read_values(model: str) -> tuple[dict[tuple[str, str], float], int]:
-    """Return the measured values of `model` by method and metric, and the batch size of all."""
-    rows = json.loads((RESULTS / f"batchnorm_cost_{model}.json").read_text())
-    rows = [row for row in rows if row["method"] in METHODS and row["metric"] in PANELS]
-    (batch,) = {row["batch"] for row in rows}
-    return {(row["method"], row["metric"]): row["value"] for row in rows}, batch
+    """Return the measured values of `model` by provider and metric, and the batch size of all."""
+    lines = (RESULTS / f"batchnorm_cost_{model}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows = [row for row in rows if row["provider"] in PROVIDERS and row["metric"] in PANELS]
+    (batch,) = {row["config"]["batch"] for row in rows}
+    return {(row["provider"], row["metric"]): row["p50"] for row in rows}, batch
 
 
 def draw(theme: Theme, path: Path) -> None:
@@ -67,11 +68,11 @@ def draw(theme: Theme, path: Path) -> None:
             values, batch = read_values(model)
             labels.append(f"{title}\nbatch {batch}")
             for axis, (metric, (_, unit, form)) in zip(axes, PANELS.items(), strict=True):
-                for offset, method in zip((-0.2, 0.2), METHODS, strict=True):
-                    value = values[method, metric] / unit
-                    share = values[method, metric] / values["batchnorm", metric]
+                for offset, provider in zip((-0.2, 0.2), PROVIDERS, strict=True):
+                    value = values[provider, metric] / unit
+                    share = values[provider, metric] / values["batchnorm", metric]
                     text = form.format(value) + ("" if share == 1 else f", {share:.0%}")
-                    bars = axis.barh(place + offset, value, 0.36, color=theme.bars[method])
+                    bars = axis.barh(place + offset, value, 0.36, color=theme.bars[provider])
                     axis.bar_label(bars, [text], padding=4)
         for axis, (title, _, _) in zip(axes, PANELS.values(), strict=True):
             axis.set_title(title, loc="left", fontsize=10)
@@ -84,8 +85,12 @@ def draw(theme: Theme, path: Path) -> None:
             axis.tick_params(length=0)
             axis.spines[:].set_visible(False)
         axes[1].set_yticklabels([])
-        handles = [plt.Rectangle((0, 0), 1, 1, color=theme.bars[method]) for method in METHODS]
-        figure.legend(handles, METHODS.values(), loc="outside lower center", ncols=2, frameon=False)
+        handles = [
+            plt.Rectangle((0, 0), 1, 1, color=theme.bars[provider]) for provider in PROVIDERS
+        ]
+        figure.legend(
+            handles, PROVIDERS.values(), loc="outside lower center", ncols=2, frameon=False
+        )
         figure.savefig(path, transparent=True, metadata={"Date": None})
         plt.close(figure)
 

@@ -1,6 +1,7 @@
 """The code of README, docs/ and the READMEs of operators runs when copied alone."""
 
 import doctest
+import json
 import re
 import subprocess
 import sys
@@ -153,6 +154,53 @@ def test_links_between_files_of_the_repository():
 @needs_pages
 def test_readme_fits_its_length():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def median(file: str, **wanted: object) -> float:
+    """Return the median of the one row of a committed result file that has these values."""
+    lines = (ROOT / "benchmarks" / "results" / "cpu" / file).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    (row,) = [r for r in rows if all({**r, **r["config"]}[k] == v for k, v in wanted.items())]
+    return row["p50"]
+
+
+def accuracy(method: str) -> float:
+    """Return the mean test accuracy of two seeds, 12 epochs of CIFAR-10, in percent."""
+    runs = ROOT / "benchmarks" / "results" / "cpu" / "cifar10_resnet20"
+    records = [(runs / f"{method}-s{seed}" / "metrics.jsonl").read_text() for seed in (0, 1)]
+    last = [json.loads(record.splitlines()[-1]) for record in records]
+    return sum(record["test_accuracy"] for record in last) / len(last)
+
+
+@needs_pages
+def test_headline_numbers_are_of_committed_files():
+    saved = [
+        median("batchnorm_cost_resnet110_counts.jsonl", provider=provider, metric="saved_bytes")
+        for provider in ("czm_fused_noise", "batchnorm")
+    ]
+    times = [
+        median("batchnorm_cost_resnet110.jsonl", provider=provider, metric="step")
+        for provider in ("czm_fused_noise", "batchnorm")
+    ]
+    step = {"file": "step_throughput.jsonl", "metric": "step", "dtype": "float32"}
+    ratios = [
+        median(**step, model=model, provider="czm_fused", backend="cpu")
+        / median(**step, model=model, provider="sgd_fused")
+        for model in ("resnet110", "resnet50")
+    ]
+    apart = [
+        median("without_statistics.jsonl", provider=provider, metric="accumulated")
+        for provider in ("czm", "bn")
+    ]
+    rows = [
+        f"| {saved[0] / 1e6:.0f} MB | BatchNorm {saved[1] / 1e6:,.0f} MB |",
+        f"| {times[0] / 1e6:.2f} s | BatchNorm {times[1] / 1e6:.2f} s |",
+        f"| {ratios[0]:.2f}; {ratios[1]:.2f} of the time |",
+        f"| {apart[0]:.4%} | BatchNorm {apart[1]:.0%} |".replace("%", " %"),
+        f"| {accuracy('czmig-noise'):.1f} % | BatchNorm {accuracy('bn'):.1f} % |",
+    ]
+    text = (ROOT / "README.md").read_text()
+    assert [row for row in rows if row not in text] == []
 
 
 @needs_pages
