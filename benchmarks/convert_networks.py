@@ -29,7 +29,7 @@ from torchvision import models
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from czm_fused import FusedCZMSGD, convert, czm_param_groups
+from czm_fused import FusedCZMSGD, convert, czm_param_groups, plan_conversion
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "resnet18": lambda classes: models.resnet18(num_classes=classes),
@@ -55,8 +55,12 @@ def train(
     model = NETWORKS[name](len(data.classes)).to(device)
     example = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
     pretrained = args.mode == "from_pretrained"
-    model, report = convert(
-        model, example_input=example, from_pretrained=pretrained, gain=args.gain
+    plan = plan_conversion(model, example_input=example, from_pretrained=pretrained)
+    convert(
+        model,
+        example_input=example,
+        from_pretrained=pretrained,
+        gain=None if pretrained else args.gain,
     )
     groups = czm_param_groups(model, overrides={"rest": {"lr": args.lr_rest}})
     optimizer = FusedCZMSGD(groups, lr=args.lr, momentum=0.9)
@@ -72,7 +76,7 @@ def train(
     model.eval()
     with torch.no_grad():
         output_is_finite = bool(model(images.to(device)).isfinite().all())
-    counts = Counter(change.action for change in report.changes)
+    counts = Counter(change.action for change in plan.changes)
     return {
         "model": name,
         "mode": args.mode,

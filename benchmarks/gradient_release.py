@@ -36,7 +36,7 @@ def build(model: str) -> nn.Module:
         return cifar_resnet(110)
     from torchvision import models
 
-    return convert(getattr(models, model.replace("vgg16", "vgg16_bn"))())[0]
+    return convert(getattr(models, model.replace("vgg16", "vgg16_bn"))(), gain=0.8)
 
 
 class Step:

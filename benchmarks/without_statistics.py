@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from czm_fused import FusedCZMSGD, czm_param_groups
+from czm_fused._internal.text import format_table
 from czm_fused.models import cifar_resnet
-from czm_fused.text import format_table
 from czm_fused.training.data import digits
 
 NORMS = ("czm", "bn")

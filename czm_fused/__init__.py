@@ -1,7 +1,7 @@
 """Train convolutional networks without BatchNorm, at the price of plain SGD."""
 
 from czm_fused import functional
-from czm_fused.convert import convert
+from czm_fused.conversion import convert, plan_conversion
 from czm_fused.gradient_release import GradientRelease
 from czm_fused.groups import czm_param_groups
 from czm_fused.init import czm_init_
@@ -24,4 +24,5 @@ __all__ = [
     "czm_param_groups",
     "exp_scale",
     "functional",
+    "plan_conversion",
 ]

@@ -14,11 +14,11 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from czm_fused._internal.text import format_table
 from czm_fused.example import preserved, run_example
 from czm_fused.init import Convolution, named_convolutions
 from czm_fused.nn import ExpScale
 from czm_fused.reference import compute_dtype, filter_norms
-from czm_fused.text import format_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

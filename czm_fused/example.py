@@ -7,12 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from czm_fused.init import Convolution
+
+SIZES = (32, 28, 64, 96, 224, 256, 299)
+"""Lengths of the spatial dimensions to try where no example is given."""
 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore on exit the modes and buffers of `model` and the state of torch's generators."""
+    """Restore on exit the attributes and buffers of `model` and the state of torch's generators."""
+    attributes = {module: dict(vars(module)) for module in model.modules()}
     modes = {module: module.training for module in model.modules()}
     buffers = [
         (module, name, buffer, buffer._version, buffer.detach().clone())
@@ -26,14 +32,50 @@ def preserved(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(accelerators, device_type=device_type):
             yield
     finally:
+        for module, values in attributes.items():
+            vars(module).clear()
+            vars(module).update(values)
+        # The attributes of scripted modules are not in their dictionaries.
         for module, training in modes.items():
             module.training = training
         with torch.no_grad():
             for module, name, buffer, version, content in buffers:
                 module._buffers[name] = buffer
-                # To write is to change, which autograd would hold against graphs that exist.
-                if buffer._version != version:
+                # A write makes graphs stale that exist, so unchanged buffers are left alone. Batch
+                # normalisation writes its running statistics without a new version.
+                if buffer._version != version or not _same(buffer, content):
                     buffer.copy_(content)
+
+
+def _same(buffer: Tensor, content: Tensor) -> bool:
+    return buffer.is_meta or torch.equal(buffer, content)
+
+
+def zeros_for(model: nn.Module, first: Convolution) -> Tensor:
+    """Return an input of zeros, one sample, on which `model` runs in eval mode.
+
+    Args:
+        model: the network.
+        first: the convolution that reads the input; it decides the channels, dtype and device.
+
+    Raises:
+        ValueError: the model runs on none of the sizes that are tried.
+    """
+    weight = first.weight
+    error: Exception | None = None
+    for size in SIZES:
+        shape = (1, first.in_channels, *[size] * (weight.dim() - 2))
+        example = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        try:
+            with preserved(model):
+                run_example(model.eval(), example)
+            return example
+        except Exception as failure:
+            error = failure
+    raise ValueError(
+        f"example_input must be given, as the model does not run on zeros of {first.in_channels} "
+        f"channels ({type(error).__name__}: {error}); pass a batch as the model takes it"
+    ) from error
 
 
 def run_example(model: nn.Module, example_input: Any) -> Any:

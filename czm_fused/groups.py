@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
+from czm_fused._internal.text import format_html, format_table, shorten
 from czm_fused.example import preserved, run_example
-from czm_fused.init import Convolution, find_stems, named_convolutions
-from czm_fused.text import format_table, shorten
+from czm_fused.init import Convolution, check_module, find_stems, named_convolutions
+from czm_fused.nn import ExpScale
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "stem": {"exp_scale": True, "zmg": 0.0},
     "spatial": {"exp_scale": True},
-    # A slice of one tap is its own mean: there is nothing to remove but the gradient itself.
+    # A slice of one tap is its own mean; to remove it would remove the whole gradient.
     "pointwise": {"exp_scale": True, "zmg": 0.0},
-    # Anchored, if at all, are the rows of linear layers, and never a transposed convolution.
+    # LUMA may anchor the rows of linear layers, but never a transposed convolution.
     "rest": {"exp_scale": False, "zmg": 0.0, "luma": 0.0, "max_filter_dim": 2},
 }
-"""What each group sets; the optimizer's defaults hold for everything else."""
+"""The settings of each group; the optimizer's defaults hold for everything else."""
 
-HYPER_PARAMETERS = (
+HYPERPARAMETERS = (
     "lr",
     "momentum",
     "dampening",
@@ -36,24 +42,89 @@ HYPER_PARAMETERS = (
     "master_weights",
     "capturable",
 )
-"""What a group of `FusedCZMSGD` can set."""
+"""The settings that a group of `FusedCZMSGD` can have."""
+
+
+class ParamGroup(dict[str, Any]):
+    """One parameter group; printed, without the values of its parameters."""
+
+    def __repr__(self) -> str:
+        settings = {key: value for key, value in self.items() if key not in _NOT_SETTINGS}
+        return (
+            f"{type(self).__name__}({self.get('name')!r}: {len(self.get('params', ()))} parameters, "
+            f"{_weights(self):,} weights, {settings})"
+        )
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """Do as `dict.setdefault`, which every optimizer calls for each of its own settings.
+
+        Warns:
+            UserWarning: the setting is none of `FusedCZMSGD`'s, so that an optimizer has been given
+                the group that ignores `exp_scale`, `zmg` and `luma`.
+        """
+        if key not in self and not key.startswith("initial_") and not _is_known(key):
+            warnings.warn(
+                "the groups of czm_param_groups must go to FusedCZMSGD, but another optimizer got "
+                "them, which ignores their exp_scale, zmg and luma; use FusedCZMSGD, or pass plain "
+                "groups, [dict(group) for group in groups]",
+                stacklevel=_first_frame_outside_torch(),
+            )
+        return super().setdefault(key, default)
+
+
+_NOT_SETTINGS = ("name", "params", "param_names")
+
+
+def _is_known(setting: str) -> bool:
+    from czm_fused.optim import FusedCZMSGD
+
+    return setting in inspect.signature(FusedCZMSGD).parameters or setting in (
+        *HYPERPARAMETERS,
+        *_NOT_SETTINGS,
+        "min_filter_dim",
+        "max_filter_dim",
+    )
+
+
+def _first_frame_outside_torch() -> int:
+    """Return the `stacklevel`, seen from the caller, of the code that made the optimizer."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+        if not frame.f_globals.get("__name__", "").startswith("torch."):
+            break
+    return level
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """Group dictionaries for `FusedCZMSGD` or any torch optimizer; printed, a table.
+    """Group dictionaries for `FusedCZMSGD`; printed, or shown by a notebook, a table.
 
     Attributes:
         notes: in words, what was decided and why.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], notes: Iterable[str] = ()) -> None:
-        super().__init__(groups)
+        super().__init__(ParamGroup(group) for group in groups)
         self.notes = tuple(notes)
 
+    def copy(self) -> ParamGroups:
+        """Return groups of the same parameters whose settings can be changed independently."""
+        copies = [{**group, "params": list(group["params"])} for group in self]
+        return ParamGroups(copies, self.notes)
+
+    __copy__ = copy
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [("group", "parameters", "weights", "settings", "names")]
+        return rows + [_describe(group) for group in self]
+
     def __str__(self) -> str:
-        rows = [("group", "parameters", "weights", "settings", "names")]
-        rows += [_describe(group) for group in self]
-        return "\n".join([format_table(rows, right_aligned=(1, 2)), *self.notes])
+        return "\n".join([format_table(self._rows(), right_aligned=(1, 2)), *self.notes])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return format_html(self._rows(), self.notes)
 
 
 def czm_param_groups(
@@ -72,8 +143,14 @@ def czm_param_groups(
     - `rest`: biases, linear layers, normalisations, transposed convolutions, the parameters of
       `exp_scale(conv)`, and all else: plain momentum SGD.
 
-    Every parameter is in exactly one group, frozen ones included, as they may be unfrozen. Groups
-    without parameters are left out. `print(groups)` shows what was decided.
+    Every parameter is in exactly one group, frozen ones included, as they may be unfrozen. The
+    modules decide: position embeddings, class tokens, `nn.Bilinear` and stacked ensembles are among
+    the rest, whatever their number of dimensions. Groups without parameters are left out. The
+    groups belong to the caller, and no optimizer of this package writes to them.
+
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        >>> [group["name"] for group in czm_param_groups(network)]
+        ['stem', 'spatial', 'rest']
 
     Args:
         model: the network.
@@ -91,11 +168,19 @@ def czm_param_groups(
         group added later to the same optimizer must have `param_names`, too, as torch demands.
 
     Raises:
+        TypeError: `model` is not an `nn.Module` (parameters alone do not tell which are filters),
+            or `overrides` is not a dictionary of dictionaries.
         ValueError: `stem` is not a convolution of `model`, no convolution runs on `example_input`,
-            `overrides` names an unknown group or hyper-parameter, or a lazy module has not been
-            initialised.
+            `overrides` names an unknown group or hyperparameter, a lazy module has not been
+            initialised, or `model` is scripted, traced, exported or flattened by FSDP1.
+
+    Warns:
+        UserWarning: the model still has BatchNorms, or a hook or parametrization computes the
+            weight of a convolution, which is then trained by plain momentum SGD.
     """
-    overrides = overrides or {}
+    check_module(model)
+    _check_not_flattened(model)
+    overrides = {} if overrides is None else overrides
     _check_overrides(overrides)
     check_initialised(model)
     convolutions = named_convolutions(model)
@@ -134,24 +219,74 @@ def czm_param_groups(
     transposed = [n for n, module in model.named_modules() if isinstance(module, _ConvTransposeNd)]
     if transposed:
         notes.append(
-            f"rest: holds the transposed convolutions {shorten(transposed)}, whose filters do not "
-            "lie along dimension 0"
+            f"rest: holds the transposed convolutions {shorten(transposed)}, whose filters are not "
+            "along dimension 0"
         )
-    return ParamGroups(groups, notes)
+    complaints = list(_complaints(model, convolutions))
+    for complaint in complaints:
+        warnings.warn(complaint, stacklevel=2)
+    return ParamGroups(groups, [*notes, *complaints])
+
+
+def _complaints(model: nn.Module, convolutions: Mapping[str, Convolution]) -> Iterator[str]:
+    norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    if norms:
+        yield (
+            f"model still has BatchNorms, {shorten(norms)}: call convert(model) first, as the "
+            "method replaces them"
+        )
+    computed = [name for name, c in convolutions.items() if _is_computed(c)]
+    if computed:
+        yield (
+            f"the weights of {shorten(computed)} are computed from other parameters, by pruning or "
+            "a normalisation of weights: those are trained by plain momentum SGD; remove it to "
+            "have them trained as filters"
+        )
+
+
+def _is_computed(convolution: Any) -> bool:
+    """Return True if a hook or a parametrization other than `exp_scale` computes the weight."""
+    if parametrize.is_parametrized(convolution, "weight"):
+        return not isinstance(convolution.parametrizations.weight[0], ExpScale)
+    return "weight" not in convolution._parameters
+
+
+def _check_not_flattened(model: nn.Module) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules():
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+            raise ValueError(
+                "model must keep the shapes of its parameters, but FullyShardedDataParallel "
+                "flattens them; shard it with torch.distributed.fsdp.fully_shard instead"
+            )
 
 
 def _check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> None:
+    example = '{"rest": {"lr": 0.1}}'
+    if not isinstance(overrides, Mapping):
+        raise TypeError(
+            f"overrides must be a dictionary such as {example}, but was {overrides!r}"
+        )
     for group, settings in overrides.items():
         if group not in SETTINGS:
             raise ValueError(
                 f"overrides must name groups among {', '.join(SETTINGS)}; but named {group!r}"
             )
+        if not isinstance(settings, Mapping):
+            raise TypeError(
+                f"overrides[{group!r}] must be a dictionary of settings, but was {settings!r}; "
+                f"write {example.replace('rest', group).replace('0.1', _number(settings))}"
+            )
         for name in settings:
-            if name not in HYPER_PARAMETERS:
+            if name not in HYPERPARAMETERS:
                 raise ValueError(
-                    f"overrides[{group!r}] must set hyper-parameters among "
-                    f"{', '.join(HYPER_PARAMETERS)}; but set {name!r}"
+                    f"overrides[{group!r}] must set hyperparameters among "
+                    f"{', '.join(HYPERPARAMETERS)}; but set {name!r}"
                 )
+
+
+def _number(value: Any) -> str:
+    return repr(value) if isinstance(value, (int, float)) else "0.1"
 
 
 def check_initialised(model: nn.Module) -> None:
@@ -159,7 +294,7 @@ def check_initialised(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(
-                f"the parameter {name!r} of a lazy module has no shape yet: "
+                f"the parameter {name!r} of a lazy module has no shape yet; "
                 "run a forward pass first"
             )
 
@@ -221,13 +356,17 @@ def _first_to_run(
     return reached[0]
 
 
-def _describe(group: dict[str, Any]) -> tuple[str, str, str, str, str]:
-    settings = ", ".join(f"{key}={group[key]}" for key in HYPER_PARAMETERS if key in group)
-    weights = sum(parameter.numel() for parameter in group["params"])
+def _weights(group: Mapping[str, Any]) -> int:
+    # Optimizers accept generators and single tensors, but store lists.
+    return sum(parameter.numel() for parameter in group.get("params", ()))
+
+
+def _describe(group: Mapping[str, Any]) -> tuple[str, ...]:
+    settings = ", ".join(f"{key}={group[key]}" for key in HYPERPARAMETERS if key in group)
     return (
-        group["name"],
+        str(group.get("name", "")),
         str(len(group["params"])),
-        f"{weights:,}",
+        f"{_weights(group):,}",
         settings,
-        shorten(group["param_names"]),
+        shorten(group.get("param_names", [])),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,15 @@ from torch.nn.utils import parametrize
 
 GAIN = 0.8
 """The norm that every filter starts with: exp(g) of the paper's section 3.1."""
+
+HOOK_REMEDY = (
+    "make the weight a parameter first with torch.nn.utils.prune.remove, remove_weight_norm or "
+    "remove_spectral_norm, or, under FullyShardedDataParallel, do this before wrapping"
+)
+_PARAMETRIZATION_REMEDY = (
+    "initialise before registering it, or remove it with "
+    "torch.nn.utils.parametrize.remove_parametrizations"
+)
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -33,11 +44,15 @@ def czm_weight_(
     divided by its Euclidean norm and multiplied by `gain` (paper section 3.2). A filter of norm 0
     stays 0. Half types are computed in float32.
 
+        >>> weight = czm_weight_(torch.empty(8, 3, 3, 3))
+        >>> bool(weight.mean(dim=(2, 3)).abs().max() < 1e-6)
+        True
+
     Args:
         weight: of shape (filters, channels, taps...), 2 dimensions or more, any memory layout.
         gain: the norm of every filter, 0.8 by default.
         zero_mean: False keeps the means, as the layer that reads the image does.
-        generator: where the numbers come from; torch's default generator if None.
+        generator: the source of the numbers; torch's default generator if None.
 
     Raises:
         ValueError: `gain` is not a positive number, or `weight` has fewer than 2 dimensions or is
@@ -45,10 +60,11 @@ def czm_weight_(
     """
     check_gain(gain)
     if is_lazy(weight):
-        raise ValueError("weight has no shape yet: run a forward pass of its lazy module first")
+        raise ValueError("weight has no shape yet; run a forward pass of its lazy module first")
     if weight.dim() < 2:
         raise ValueError(
-            f"weight must have the dimensions (filters, channels, ...), but had {weight.dim()}"
+            f"weight must have the dimensions (filters, channels, ...), but its shape was "
+            f"{tuple(weight.shape)}"
         )
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad():
@@ -64,50 +80,171 @@ def czm_weight_(
 def czm_init_(
     module: _Module,
     *,
-    gain: float = GAIN,
+    example_input: Any = None,
+    gain: float | None = None,
     stem: nn.Module | str | None = None,
     generator: torch.Generator | None = None,
 ) -> _Module:
     """Initialise every convolution of `module` in place by CZMI, and return `module`.
 
-    Weights as in `czm_weight_`, biases 0 (paper section 3.2). Transposed convolutions, whose
-    filters do not lie along dimension 0, are left as they are.
+    Weights as in `czm_weight_`, biases 0 (paper section 3.2). A parametrized weight is assigned, so
+    that its parametrization stores the parameters that it is computed from. Transposed
+    convolutions, whose filters are not along dimension 0, stay as they are.
+
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        >>> round(czm_init_(network)[2].weight[0].norm().item(), 3)
+        0.8
 
     Args:
-        module: a convolution or anything that holds convolutions.
-        gain: the norm of every filter, 0.8 by default.
+        module: a convolution, or a network of them.
+        example_input: a batch of real inputs, 16 or more: a tensor, a tuple of positional or a
+            dictionary of keyword arguments for `module`. If given,
+            `czm_fused.calibration.calibrate_` then scales every convolution so that its output on
+            this batch starts with the same spread. If None, every filter keeps the norm `gain`.
+        gain: the norm of every filter, 0.8 by default, as in the paper; not with `example_input`.
         stem: the convolution that reads the image, as a module or by its dotted name; it keeps the
             means of its slices. If None, those built with `CZMConv*(..., stem=True)`.
-        generator: where the numbers come from; torch's default generator if None.
+        generator: the source of the weights; torch's default generator if None.
 
     Raises:
-        ValueError: `gain` is not a positive number, `stem` is not a convolution of `module`, or a
-            lazy convolution is not initialised yet. Nothing has been changed then.
+        TypeError: `module` is not an `nn.Module`.
+        ValueError: `gain` is not a positive number, or given with `example_input`; `stem` is not a
+            convolution of `module`; a convolution is lazy and not initialised, or its weight cannot
+            be set, because a hook (pruning, weight norm, FSDP1) or a parametrization (spectral
+            norm) computes another; `module` is scripted, traced or exported; or as in
+            `calibrate_`. The module is as it was.
+
+    Warns:
+        UserWarning: as in `calibrate_`.
     """
+    if example_input is not None and gain is not None:
+        raise ValueError(
+            f"gain must be None with example_input, which measures the gains, but was {gain}"
+        )
+    gain = GAIN if gain is None else gain
     check_gain(gain)
     convolutions = named_convolutions(module)
     stems = find_stems(convolutions, stem)
-    for convolution in convolutions.values():
-        zero_mean = convolution not in stems
-        if parametrize.is_parametrized(convolution, "weight"):
-            # What is stored is not the weight: assigning runs the parametrization backwards.
-            weight = torch.empty_like(convolution.weight, requires_grad=False)
-            convolution.weight = czm_weight_(
-                weight, gain=gain, zero_mean=zero_mean, generator=generator
-            )
-        else:
-            czm_weight_(convolution.weight, gain=gain, zero_mean=zero_mean, generator=generator)
-        if convolution.bias is not None:
-            nn.init.zeros_(convolution.bias)
+    _check_settable(convolutions)
+    with _undone_on_error(convolutions.values()):
+        for name, convolution in convolutions.items():
+            zero_mean = convolution not in stems
+            if parametrize.is_parametrized(convolution, "weight"):
+                weight = torch.empty_like(convolution.weight, requires_grad=False)
+                czm_weight_(weight, gain=gain, zero_mean=zero_mean, generator=generator)
+                _assign(name, convolution, "weight", weight)
+            else:
+                czm_weight_(convolution.weight, gain=gain, zero_mean=zero_mean, generator=generator)
+            if parametrize.is_parametrized(convolution, "bias"):
+                _assign(name, convolution, "bias", torch.zeros_like(convolution.bias))
+            elif convolution.bias is not None:
+                nn.init.zeros_(convolution.bias)
+        if example_input is not None:
+            from czm_fused.calibration import calibrate_
+
+            calibrate_(module, example_input)
     return module
+
+
+def _check_settable(convolutions: Mapping[str, Convolution]) -> None:
+    """Raise a ValueError if the next forward pass would replace what is assigned to one."""
+    for name, convolution in convolutions.items():
+        for key in ("weight", "bias"):
+            if key in convolution._parameters or parametrize.is_parametrized(convolution, key):
+                continue
+            raise ValueError(
+                f"the {key} of convolution {name!r} must be a parameter, but a hook computes it; "
+                f"{HOOK_REMEDY}"
+            )
+        if "weight" in convolution._parameters and convolution.weight.dim() < 3:
+            raise ValueError(
+                f"the weight of convolution {name!r} must have the dimensions (filters, channels, "
+                f"taps...), but its shape was {tuple(convolution.weight.shape)}; initialise the "
+                "model before a wrapper flattens it, as FullyShardedDataParallel does"
+            )
+
+
+def _assign(name: str, convolution: Convolution, key: str, value: Tensor) -> None:
+    """Assign a parametrized tensor, and raise a ValueError unless it then has that value."""
+    kinds = ", ".join(type(each).__name__ for each in convolution.parametrizations[key])
+    try:
+        setattr(convolution, key, value)
+    except Exception as error:
+        raise ValueError(
+            f"the {key} of convolution {name!r} must be settable, but its parametrization {kinds} "
+            f"has no inverse ({type(error).__name__}: {error}); {_PARAMETRIZATION_REMEDY}"
+        ) from error
+    computed = getattr(convolution, key).detach()
+    if computed.is_meta:
+        return
+    # The parametrization may round a few times in the dtype of the weight.
+    tolerance = 64 * torch.finfo(value.dtype).eps
+    if not torch.allclose(computed, value, rtol=tolerance, atol=tolerance * GAIN):
+        raise ValueError(
+            f"the {key} of convolution {name!r} must keep the value assigned to it, but its "
+            f"parametrization {kinds} computes another; {_PARAMETRIZATION_REMEDY}"
+        )
+
+
+@contextmanager
+def _undone_on_error(convolutions: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore the parameters and buffers of `convolutions` if the block raises."""
+    # A parametrization is a child of its convolution, and may replace its own buffers.
+    modules = [module for convolution in convolutions for module in convolution.modules()]
+    tables = [table for m in modules for table in (m._parameters, m._buffers)]
+    entries = [(table, dict(table)) for table in tables]
+    tensors = {each for table in tables for each in table.values() if each is not None}
+    contents = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for table, entry in entries:
+            table.clear()
+            table.update(entry)
+        with torch.no_grad():
+            for tensor, content in contents:
+                tensor.copy_(content)
+        raise
+
+
+def check_module(model: Any) -> None:
+    """Raise an error unless `model` is a module whose layers Python can see.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`.
+        ValueError: it, or a module in it, was scripted, traced or exported.
+    """
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        remedy = ""
+        if isinstance(model, Iterable):
+            remedy = "; pass the model itself, whose modules tell which parameters are filters"
+        raise TypeError(f"model must be a torch.nn.Module, but was of type {kind}{remedy}")
+    for name, module in model.named_modules():
+        compiler = ""
+        if isinstance(module, torch.jit.ScriptModule):
+            compiler = "scripted or traced by torch.jit"
+        elif isinstance(module, torch.fx.GraphModule) and any(
+            isinstance(node.target, torch._ops.OpOverload)
+            and "conv" in node.target.name().rpartition("::")[2]
+            for node in module.graph.nodes
+        ):
+            compiler = "exported by torch.export"
+        if compiler:
+            what = f"its module {name!r}" if name else "it"
+            raise ValueError(
+                f"model must consist of torch's own modules, but {what} is {compiler}, which "
+                "leaves no convolution to find; pass the model that it was made from"
+            )
 
 
 def named_convolutions(module: nn.Module) -> dict[str, Convolution]:
     """Return the convolutions of `module`, transposed ones excepted, by their dotted names.
 
     Raises:
-        ValueError: a lazy convolution has no weight yet.
+        TypeError, ValueError: as in `check_module`, or a lazy convolution has no weight yet.
     """
+    check_module(module)
     convolutions: dict[str, Convolution] = {}
     for name, child in module.named_modules():
         if not isinstance(child, CONVOLUTIONS):
@@ -115,7 +252,7 @@ def named_convolutions(module: nn.Module) -> dict[str, Convolution]:
         # A parametrized weight has a shape, and reading it would compute it.
         if not parametrize.is_parametrized(child, "weight") and is_lazy(child.weight):
             raise ValueError(
-                f"the lazy convolution {name!r} has no weight yet: run a forward pass first"
+                f"the lazy convolution {name!r} has no weight yet; run a forward pass first"
             )
         convolutions[name] = child
     return convolutions

@@ -12,11 +12,35 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from czm_fused import functional
-from czm_fused.init import CONVOLUTIONS, czm_weight_
+from czm_fused.init import CONVOLUTIONS, HOOK_REMEDY, check_module, czm_weight_
 from czm_fused.ops import exp_scale as ops
 from czm_fused.ops.tracing import runs_plain_torch
 
 _Module = TypeVar("_Module", bound=nn.Module)
+
+
+def residual_tail(x: Tensor, residual: Tensor | None, amplitude: float, training: bool) -> Tensor:
+    """Compute `czm_fused.functional.add_relu_noise`, which torch.jit.script cannot compile."""
+    if not torch.jit.is_scripting():
+        return functional.add_relu_noise(x, residual, amplitude, training)
+    total = x if residual is None else x + residual
+    if training and amplitude > 0:
+        total = _multiply_by_noise(total, amplitude)
+    return torch.relu(total)
+
+
+def _multiply_by_noise(x: Tensor, amplitude: float) -> Tensor:
+    if not torch.jit.is_scripting():
+        noise = functional.draw_noise(x, amplitude).to(x.dtype)
+    else:
+        noise = torch.rand(x.shape[:2], dtype=x.dtype, device=x.device)
+        noise = 1 - amplitude + 2 * amplitude * noise
+    return x * noise.view(list(x.shape[:2]) + [1] * (x.dim() - 2))
+
+
+# torch.fx records a call instead of tracing what it does with shapes.
+torch.fx.wrap("residual_tail")
+torch.fx.wrap("_multiply_by_noise")
 
 
 def _filter_norms(weight: Tensor) -> Tensor:
@@ -30,10 +54,13 @@ def _directions(weight: Tensor, norms: Tensor) -> Tensor:
 
 
 class _CZMConv(_ConvNd):
-    """What `CZMConv1d`, `CZMConv2d` and `CZMConv3d` add to torch's convolutions."""
+    """The additions of `CZMConv1d`, `CZMConv2d` and `CZMConv3d` to torch's convolutions."""
+
+    # torch.jit.script compiles every property that is not listed here.
+    __jit_unused_properties__ = ["direction", "scale"]
 
     def __init__(self, *args: Any, stem: bool = False, **kwargs: Any) -> None:
-        # torch's constructor calls reset_parameters, which asks for it.
+        # reset_parameters reads `stem`, and torch's constructor calls it.
         self.stem = stem
         super().__init__(*args, **kwargs)
 
@@ -55,7 +82,7 @@ class _CZMConv(_ConvNd):
         return _filter_norms(self.weight.detach()).to(self.weight.dtype)
 
     def extra_repr(self) -> str:
-        """Return torch's description of the convolution, and whether it is the stem."""
+        """Return torch's description of the convolution, with `stem=True` for a stem."""
         return super().extra_repr() + (", stem=True" if self.stem else "")
 
 
@@ -64,6 +91,10 @@ _DOCSTRING = """Convolve as `torch.nn.{name}` does, its weight W = exp(g) V init
     A drop-in for `torch.nn.{name}`: the same arguments, the same parameters, the same `state_dict`;
     `weight` is the materialised W (paper sections 3.1 and 3.2), trained by `FusedCZMSGD`. The bias
     starts at 0.
+
+        >>> convolution = CZM{name}(3, 8, 3)
+        >>> round(convolution.scale[0].item(), 3)
+        0.8
 
     Args:
         stem: this convolution reads the image: its initialisation keeps the means of its slices,
@@ -109,26 +140,37 @@ def exp_scale(conv: _Module) -> _Module:
     shape (filters,). W is kept, to rounding. `FusedCZMSGD` needs none of this.
     `torch.nn.utils.parametrize.remove_parametrizations(conv, "weight")` leaves a plain convolution.
 
+        >>> convolution = exp_scale(nn.Conv2d(3, 8, 3))
+        >>> [tuple(p.shape) for p in convolution.parametrizations.weight.parameters()]
+        [(8, 3, 3, 3), (8,)]
+
     Args:
         conv: a convolution, or any module whose `weight` has its filters along dimension 0.
 
     Raises:
+        TypeError: `conv` is not an `nn.Module`.
         ValueError: `conv` has no weight with filters along dimension 0, is a transposed
-            convolution, is lazy and has no weight yet, or is parametrized already.
+            convolution, is lazy and has no weight yet, is parametrized already, has a weight that a
+            hook computes (pruning, weight norm), or is scripted, traced or exported.
     """
+    check_module(conv)
     if isinstance(conv, _ConvTransposeNd):
         raise ValueError(
             f"conv must have its filters along dimension 0, but {type(conv).__name__} "
-            "has its input channels there"
+            "has its input channels there; leave it as it is"
         )
     if parametrize.is_parametrized(conv, "weight"):
         raise ValueError(
-            "the weight of conv is parametrized already; "
-            'torch.nn.utils.parametrize.remove_parametrizations(conv, "weight") undoes that'
+            "the weight of conv must be a parameter, but is parametrized already; undo that with "
+            'torch.nn.utils.parametrize.remove_parametrizations(conv, "weight")'
         )
     weight: Any = getattr(conv, "weight", None)
     if is_lazy(weight):
-        raise ValueError("the lazy module conv has no weight yet: run a forward pass first")
+        raise ValueError("the lazy module conv has no weight yet; run a forward pass first")
+    if isinstance(weight, Tensor) and "weight" not in conv._parameters:
+        raise ValueError(
+            f"the weight of conv must be a parameter, but a hook computes it; {HOOK_REMEDY}"
+        )
     if not isinstance(weight, nn.Parameter) or weight.dim() < 1:
         raise ValueError(
             "conv must have a parameter `weight` of shape (filters, ...), as the modules "
@@ -144,7 +186,11 @@ class CZMBasicBlock(nn.Module):
     relu(conv3x3(relu(conv3x3(x))) + shortcut(x)) * u, where the shortcut has no parameters (He et
     al., option A: subsampled by the stride, missing channels are zero) and u is the noise on the
     input of the next unit (paper section 4.4), drawn in training only. It keeps two activations for
-    backward: the inputs of its convolutions.
+    backward: the inputs of its convolutions. `torch.jit.script` and `torch.fx` take it as well.
+
+        >>> unit = CZMBasicBlock(16, 32, stride=2, amplitude=0.1)
+        >>> unit(torch.randn(1, 16, 8, 8)).shape
+        torch.Size([1, 32, 4, 4])
 
     Args:
         in_channels: channels of the input.
@@ -179,23 +225,25 @@ class CZMBasicBlock(nn.Module):
         self.amplitude = amplitude
         self.branch_amplitude = branch_amplitude
         self.stride = stride
+        self.missing_channels = out_channels - in_channels
         self.conv1 = CZMConv2d(in_channels, out_channels, 3, stride, padding=1, bias=bias)
         self.conv2 = CZMConv2d(out_channels, out_channels, 3, padding=1, bias=bias)
 
     def shortcut(self, x: Tensor) -> Tensor:
         """Return `x` subsampled by the stride, with zeros for the channels that it lacks."""
-        missing = self.conv2.out_channels - x.shape[1]
         if self.stride != 1:
             x = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+        if self.missing_channels > 0:
+            x = F.pad(x, [0, 0, 0, 0, 0, self.missing_channels])
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the unit's output for `x` of shape (N, in_channels, H, W)."""
         branch = x
-        if self.branch_amplitude and self.training:
-            branch = functional.add_relu_noise(x, None, self.branch_amplitude)
+        if self.branch_amplitude > 0 and self.training:
+            branch = residual_tail(x, None, self.branch_amplitude, True)
         branch = self.conv2(F.relu(self.conv1(branch), inplace=True))
-        return functional.add_relu_noise(branch, self.shortcut(x), self.amplitude, self.training)
+        return residual_tail(branch, self.shortcut(x), self.amplitude, self.training)
 
     def extra_repr(self) -> str:
         """Return the settings that the children do not show."""
@@ -206,8 +254,11 @@ class CZMBasicBlock(nn.Module):
 class ChannelAffine(nn.Module):
     """Multiply every channel by a factor of its own and add a number of its own, x * weight + bias.
 
-    What `convert(model, from_pretrained=True)` puts in the place of a BatchNorm that cannot be
-    folded into a convolution. It takes no statistics, of the batch or of the past.
+    `convert(model, from_pretrained=True)` puts it in the place of a BatchNorm that cannot be folded
+    into a convolution. It takes no statistics, of the batch or of the past.
+
+        >>> ChannelAffine(torch.tensor([2.0, 3.0]), torch.ones(2))(torch.ones(1, 2, 1)).flatten()
+        tensor([3., 4.], grad_fn=<ViewBackward0>)
 
     Args:
         weight: the factors, of shape (channels,).
@@ -221,9 +272,10 @@ class ChannelAffine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the result for `x` of shape (N, channels, ...), of its dtype."""
-        shape = (-1, *[1] * (x.dim() - 2))
-        weight, bias = (p.view(shape).to(x.dtype) for p in (self.weight, self.bias))
-        return torch.addcmul(bias, x, weight)
+        # With the channels last, weight and bias broadcast whatever the number of dimensions, which
+        # torch.fx does not know.
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return torch.addcmul(bias, x.movedim(1, -1), weight).movedim(-1, 1)
 
     def extra_repr(self) -> str:
         """Return the number of channels."""
@@ -233,9 +285,43 @@ class ChannelAffine(nn.Module):
 class Copy(nn.Module):
     """Return a copy of the input, which the next module may then change in place.
 
-    What `convert(model)` puts in the place of a BatchNorm whose input is needed elsewhere.
+    `convert(model)` puts it in the place of a BatchNorm whose input is needed elsewhere.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the copy of `x`, with its memory layout."""
         return x.clone()
+
+
+class ChannelNoise(nn.Module):
+    """Multiply every channel of every sample by u ~ U(1 - amplitude, 1 + amplitude) in training.
+
+    `convert(model, noise=amplitude)` puts it in the place of a BatchNorm (the noise of paper
+    section 4.4). Backward needs u, of shape (N, channels), and nothing else.
+
+    Args:
+        amplitude: half the width of the noise, in [0, 1). Also an attribute, which may be set at
+            any time.
+        copies: without noise, return a copy of the input, which the next module may then change in
+            place, instead of the input itself. Default False.
+
+    Raises:
+        ValueError: `amplitude` is outside [0, 1).
+    """
+
+    def __init__(self, amplitude: float, *, copies: bool = False) -> None:
+        super().__init__()
+        if not 0.0 <= amplitude < 1.0:
+            raise ValueError(f"amplitude must be in [0, 1), but was {amplitude}")
+        self.amplitude = amplitude
+        self.copies = copies
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the result for `x` of shape (N, channels, ...), of its dtype."""
+        if self.training and self.amplitude > 0:
+            return _multiply_by_noise(x, self.amplitude)
+        return x.clone() if self.copies else x
+
+    def extra_repr(self) -> str:
+        """Return the amplitude, and whether the input is copied."""
+        return f"amplitude={self.amplitude}" + (", copies=True" if self.copies else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conversion import actions, evaluated, randomised, relative_difference
+from conversion import actions, converted, evaluated, randomised, relative_difference
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -57,10 +57,9 @@ def test_networks_train_without_batch_norm(build, name, norms):
     model = build(name)
     weights = weights_of_convolutions(model)
     images, labels = torch.randn(2, 3, 32, 32), torch.tensor([1, 7])
-    converted, report = convert(model, example_input=images[:1])
+    plan = converted(model, example_input=images[:1])
 
-    assert converted is model
-    assert set(actions(report).values()) == {"removed"} and len(report.changes) == norms
+    assert set(actions(plan).values()) == {"removed"} and len(plan.changes) == norms
     assert weights_of_convolutions(model) == weights
     assert not any(isinstance(module, _BatchNorm) for module in model.modules())
     assert not any("running" in key or "num_batches" in key for key in model.state_dict())
@@ -74,7 +73,7 @@ def test_networks_train_without_batch_norm(build, name, norms):
             )
 
     groups = czm_param_groups(model)
-    assert [f"{each}.weight" for each in report.stem] == groups[0]["param_names"]
+    assert [f"{each}.weight" for each in plan.stem] == groups[0]["param_names"]
     optimizer = FusedCZMSGD(groups, lr=0.01, momentum=0.9)
     model.train()
     for _ in range(2):
@@ -99,10 +98,10 @@ def test_pretrained_networks_compute_the_same(build, name, norms):
     model = randomised(build(name))
     images = torch.randn(2, 3, 32, 32)
     expected = evaluated(model, images)
-    report = convert(model, from_pretrained=True)[1]
-    assert len(report.changes) == norms
-    assert set(actions(report).values()) <= {"folded", "affine"}
-    assert ("affine" in actions(report).values()) == (name == "densenet121")
+    plan = converted(model, from_pretrained=True)
+    assert len(plan.changes) == norms
+    assert set(actions(plan).values()) <= {"folded", "affine"}
+    assert ("affine" in actions(plan).values()) == (name == "densenet121")
     # The bar of the project. Rounding gives about 1e-6.
     assert relative_difference(evaluated(model, images), expected) <= 1e-4
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from czm_fused import FusedCZMSGD
 from czm_fused.groups import SETTINGS, ParamGroups, czm_param_groups
@@ -35,6 +36,9 @@ class Network(nn.Module):
 def by_name(groups: ParamGroups) -> dict[str, list[str]]:
     return {group["name"]: group["param_names"] for group in groups}
 
+
+# Network has a BatchNorm on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:model still has BatchNorms")
 
 IMAGE = torch.zeros(1, 3, 4, 4)
 EXPECTED = {
@@ -193,7 +197,8 @@ def test_printed_groups_say_what_was_decided():
 
 def test_torch_optimizers_take_the_groups_and_keep_names_through_a_state_dict():
     network = Network()
-    optimizer = torch.optim.SGD(czm_param_groups(network, stem="reader"), lr=0.1, momentum=0.9)
+    groups = [dict(group) for group in czm_param_groups(network, stem="reader")]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     network(IMAGE + 1).sum().backward()
     optimizer.step()
     state = copy.deepcopy(optimizer.state_dict())
@@ -223,7 +228,7 @@ def test_fused_czm_sgd_takes_the_groups():
         ({"stem": "head"}, "stem must name a convolution of the model, one of 'pointwise'"),
         ({"stem": nn.Conv2d(1, 1, 1)}, "stem must be a convolution of the model"),
         ({"overrides": {"bias": {}}}, "among stem, spatial, pointwise, rest; but named 'bias'"),
-        ({"overrides": {"rest": {"betas": 1}}}, "hyper-parameters among lr, .*; but set 'betas'"),
+        ({"overrides": {"rest": {"betas": 1}}}, "hyperparameters among lr, .*; but set 'betas'"),
     ],
 )
 def test_bad_input_is_named(arguments, message):
@@ -242,6 +247,128 @@ def test_example_input_must_reach_a_convolution():
 
     with pytest.raises(ValueError, match="example_input must reach a convolution"):
         czm_param_groups(Bypass(), example_input=IMAGE)
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+@pytest.mark.filterwarnings("error:the groups of czm_param_groups")
+def test_another_optimizer_is_noticed(make):
+    groups = czm_param_groups(plain())
+    with pytest.warns(UserWarning, match="must go to FusedCZMSGD, but another optimizer") as seen:
+        make(groups, lr=0.1)
+    assert {warning.filename for warning in seen} == {__file__}
+    make([dict(group) for group in groups], lr=0.1)
+    optimizer = FusedCZMSGD(groups, lr=0.1)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 10)
+
+
+def test_batch_norms_in_the_model_are_warned_about_by_name():
+    with pytest.warns(UserWarning, match=r"still has BatchNorms, norm: call convert\(model\) first"):
+        groups = czm_param_groups(Network())
+    assert "still has BatchNorms, norm" in groups.notes[-1]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda c: prune.identity(c, "weight"), parametrizations.weight_norm, nn.utils.spectral_norm],
+)
+def test_computed_weights_are_warned_about_by_name(wrap):
+    network = plain()
+    wrap(network[2])
+    with pytest.warns(UserWarning, match="weights of 2 are computed from other parameters"):
+        czm_param_groups(network)
+
+
+@pytest.mark.filterwarnings("error")
+def test_exp_scale_is_not_warned_about():
+    network = plain()
+    exp_scale(network[2])
+    czm_param_groups(network)
+
+
+class Tokens(nn.Module):
+    """The parameters of three dimensions and more that are no filters."""
+
+    def __init__(self):
+        super().__init__()
+        self.position = nn.Parameter(torch.ones(1, 4, 4, 4))
+        self.token = nn.Parameter(torch.ones(1, 1, 4))
+        self.experts = nn.Parameter(torch.ones(2, 4, 4))
+        self.bilinear = nn.Bilinear(2, 3, 4)
+        self.convolution = nn.Conv2d(3, 4, 3, bias=False)
+
+
+def test_only_convolutions_have_filters():
+    network = Tokens()
+    groups = czm_param_groups(network)
+    rest = ["position", "token", "experts", "bilinear.weight", "bilinear.bias"]
+    assert by_name(groups) == {"stem": ["convolution.weight"], "rest": rest}
+    optimizer = FusedCZMSGD(groups, lr=0.5, momentum=0.0, backend="reference")
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    optimizer.step()
+    for name in rest:
+        # Plain SGD: no scale, no anchor, no mean taken away.
+        torch.testing.assert_close(network.get_parameter(name).detach(), before[name] - 0.5)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        (plain().parameters(), "generator"),
+        (list(plain().named_parameters()), "list"),
+        (plain().state_dict(), "OrderedDict"),
+    ],
+)
+def test_parameters_instead_of_the_model_are_refused(model, kind):
+    with pytest.raises(TypeError, match=f"but was of type {kind}; pass the model itself"):
+        czm_param_groups(model)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (0.1, "overrides must be a dictionary such as .*, but was 0.1"),
+        ([("rest", {})], "overrides must be a dictionary such as"),
+        ({"rest": 0.2}, r'overrides\[\'rest\'\] .* but was 0.2; write {"rest": {"lr": 0.2}}'),
+        ({"stem": None}, r'but was None; write {"stem": {"lr": 0.1}}'),
+    ],
+)
+def test_overrides_that_are_no_settings_are_refused(overrides, message):
+    with pytest.raises(TypeError, match=message):
+        czm_param_groups(plain(), overrides=overrides)
+
+
+def test_scripted_models_are_refused():
+    with pytest.raises(ValueError, match="it is scripted or traced by torch.jit"):
+        czm_param_groups(torch.jit.script(plain()))
+
+
+def test_groups_are_shown_without_the_values_of_their_parameters():
+    groups = czm_param_groups(plain())
+    assert repr(groups) == str(groups)
+    assert repr(groups[0]) == (
+        "ParamGroup('stem': 1 parameters, 108 weights, {'exp_scale': True, 'zmg': 0.0})"
+    )
+    html = groups._repr_html_()
+    assert html.startswith("<table>") and "<td>spatial</td>" in html
+    assert len(html) < 1500
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, ParamGroups.copy])
+def test_copies_share_parameters_and_nothing_else(duplicate):
+    groups = czm_param_groups(plain())
+    copies = duplicate(groups)
+    copies[0]["lr"] = 0.3
+    copies[0]["params"].clear()
+    assert "lr" not in groups[0]
+    assert len(groups[0]["params"]) == 1
+    assert copies[1]["params"][0] is groups[1]["params"][0]
+    assert copies.notes == groups.notes
 
 
 @pytest.mark.parametrize("lazy", [nn.LazyConv2d(3, 3), nn.LazyLinear(3)])

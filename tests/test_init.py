@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
-from czm_fused.init import czm_init_, czm_weight_
+from czm_fused.init import czm_init_, czm_weight_, named_convolutions
 from czm_fused.nn import CZMConv2d, exp_scale
 
 CONVOLUTIONS = {
@@ -183,6 +185,142 @@ def test_bad_input_is_named_and_changes_nothing(arguments, message):
     with pytest.raises(ValueError, match=message):
         czm_init_(network, **arguments)
     assert all(map(torch.equal, before, network.parameters()))
+
+
+def pruned(convolution):
+    return prune.l1_unstructured(convolution, "weight", 0.5)
+
+
+def hooked_weight_norm(convolution):
+    with warnings.catch_warnings(action="ignore"):
+        return nn.utils.weight_norm(convolution)
+
+
+def bias_pruned(convolution):
+    return prune.identity(convolution, "bias")
+
+
+class Doubled(nn.Module):
+    """A parametrization without an inverse."""
+
+    def forward(self, weight):
+        return 2 * weight
+
+
+class Negated(nn.Module):
+    def forward(self, bias):
+        return -bias
+
+    def right_inverse(self, bias):
+        return -bias
+
+
+def doubled(convolution):
+    parametrize.register_parametrization(convolution, "weight", Doubled())
+    return convolution
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (pruned, "weight of convolution '1' must be a parameter, but a hook computes it"),
+        (bias_pruned, "bias of convolution '1' must be a parameter, but a hook computes it"),
+        (hooked_weight_norm, "but a hook computes it; .*remove_weight_norm"),
+        (nn.utils.spectral_norm, "but a hook computes it; .*remove_spectral_norm"),
+        (parametrizations.spectral_norm, "parametrization _SpectralNorm computes another"),
+        (parametrizations.orthogonal, "parametrization _Orthogonal computes another"),
+        (doubled, "parametrization Doubled has no inverse .*; .*remove_parametrizations"),
+    ],
+)
+def test_weights_that_cannot_be_set_are_refused_and_nothing_is_changed(wrap, message):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), wrap(nn.Conv2d(4, 4, 3)))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        czm_init_(network)
+    after = network.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_weight_norm_by_parametrization_computes_the_initial_weight():
+    convolution = czm_init_(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)))
+    assert parametrize.is_parametrized(convolution)
+    torch.testing.assert_close(norms(convolution.weight.detach()).float(), torch.full((4,), 0.8))
+    assert means(convolution.weight).abs().max() < 1e-6
+
+
+def test_a_parametrized_bias_is_zero():
+    convolution = nn.Conv2d(3, 4, 3)
+    parametrize.register_parametrization(convolution, "bias", Negated())
+    assert not czm_init_(convolution).bias.any()
+
+
+def scripted():
+    return torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3)))
+
+
+def traced():
+    return torch.jit.trace(nn.Conv2d(3, 4, 3), torch.ones(1, 3, 4, 4))
+
+
+def exported():
+    return torch.export.export(nn.Conv2d(3, 4, 3), (torch.ones(1, 3, 4, 4),)).module()
+
+
+@pytest.mark.parametrize(
+    ("make", "compiler"),
+    [(scripted, "scripted"), (traced, "traced"), (exported, "exported")],
+)
+def test_models_without_python_modules_are_refused(make, compiler):
+    with pytest.raises(ValueError, match=f"its module '1' is .*{compiler}.*pass the model that"):
+        czm_init_(nn.Sequential(nn.ReLU(), make()))
+    with pytest.raises(ValueError, match=f"but it is .*{compiler}"):
+        named_convolutions(make())
+
+
+def test_a_model_traced_by_fx_is_initialised():
+    network = torch.fx.symbolic_trace(model())
+    czm_init_(network)
+    torch.testing.assert_close(norms(network.get_submodule("0").weight).float().max().item(), 0.8)
+
+
+@pytest.mark.parametrize("not_a_module", [[nn.Conv2d(3, 4, 3).weight], {}, None])
+def test_what_is_not_a_module_is_refused(not_a_module):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, but was of type"):
+        czm_init_(not_a_module)
+
+
+def test_a_flattened_weight_is_refused():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    network[0].weight = nn.Parameter(network[0].weight.detach().flatten())
+    with pytest.raises(ValueError, match=r"shape was \(108,\); .*FullyShardedDataParallel"):
+        czm_init_(network)
+
+
+def spread(output):
+    return output.transpose(0, 1).flatten(1).var(dim=1).mean().sqrt().item()
+
+
+def test_example_input_gives_every_convolution_the_same_spread():
+    torch.manual_seed(0)
+    network = nn.Sequential(*[nn.Sequential(nn.Conv2d(6, 6, 3), nn.ReLU()) for _ in range(5)])
+    images = torch.randn(32, 6, 16, 16)
+    assert spread(czm_init_(network)(images)) < 0.05
+    assert czm_init_(network, example_input=images) is network
+    for unit in network:
+        # The batch is the one that was measured: only rounding is left.
+        assert spread(unit[0](images)) == pytest.approx(1.0, rel=0.02)
+        images = unit(images)
+
+
+def test_example_input_that_cannot_be_measured_changes_nothing():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(ValueError, match="example_input"):
+        czm_init_(network, example_input=torch.full((16, 3, 8, 8), float("nan")))
+    with pytest.raises(ValueError, match="gain must be None with example_input"):
+        czm_init_(network, example_input=torch.randn(16, 3, 8, 8), gain=0.8)
+    assert all(torch.equal(network.state_dict()[name], t) for name, t in before.items())
 
 
 def test_lazy_convolutions_are_refused_by_name():

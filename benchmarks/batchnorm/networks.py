@@ -234,7 +234,7 @@ def _from_torchvision(name: str, method: Method, image_size: int, **options: Any
     if method.norm == "gn":
         _use_group_norm(model)
     elif method.norm in ("czm", "none"):
-        convert(model, example_input=torch.zeros(1, 3, image_size, image_size))
+        convert(model, example_input=torch.zeros(1, 3, image_size, image_size), gain=0.8)
     return model
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from czm_fused.text import format_table
+from czm_fused._internal.text import format_table
 
 KEYS = ("model", "method", "device", "dtype", "batch", "metric", "value", "unit")
 

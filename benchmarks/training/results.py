@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from czm_fused.text import format_table
+from czm_fused._internal.text import format_table
 
 KEYS = (
     "model",

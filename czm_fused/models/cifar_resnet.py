@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from ..functional import add_relu_noise
-from ..nn import CZMBasicBlock, CZMConv2d
+from ..nn import CZMBasicBlock, CZMConv2d, residual_tail
 
 NORMS = ("czm", "bn", "none")
 NOISE_ON = ("unit", "branch")
 WIDTHS = (16, 32, 64)
+
+torch.fx.wrap("residual_tail")
 
 
 def blocks_per_stage(depth: int) -> int:
@@ -122,7 +124,7 @@ class CIFARResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits, `(images, num_classes)`, of images `(images, channels, H, W)`."""
-        x = add_relu_noise(self.stem(x), None, self.noise, self.training)
+        x = residual_tail(self.stem(x), None, self.noise, self.training)
         x = self.units(x)
         logits: Tensor = self.classifier(x.mean(dim=(2, 3)))
         return logits

@@ -15,8 +15,9 @@ from czm_fused import (
     czm_init_,
     czm_param_groups,
     exp_scale,
+    plan_conversion,
 )
-from czm_fused.convert import Change, ConversionReport
+from czm_fused.conversion import Change, ConversionPlan
 from czm_fused.diagnostics import Report, diagnose, watch
 from czm_fused.functional import add_relu_noise
 from czm_fused.groups import ParamGroups
@@ -28,9 +29,11 @@ conv = CZMConv2d(3, 8, 3, stem=True)
 assert_type(conv.direction, Tensor)
 assert_type(conv.scale, Tensor)
 
-model, report = convert(nn.Sequential(conv, nn.BatchNorm2d(8)), stem=conv)
-assert_type(report, ConversionReport)
-assert_type(report.left, tuple[Change, ...])
+model = nn.Sequential(conv, nn.BatchNorm2d(8))
+plan = plan_conversion(model, stem=conv)
+assert_type(plan, ConversionPlan)
+assert_type(plan.left, tuple[Change, ...])
+assert_type(convert(model, stem=conv, gain=0.8, noise=0.1), nn.Sequential)
 module: nn.Module = model
 
 groups = czm_param_groups(module, overrides={"rest": {"lr": 0.1, "luma": 5e-4}})

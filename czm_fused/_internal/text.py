@@ -1,8 +1,9 @@
-"""Tables and lists of names, for objects that print what was decided."""
+"""Tables and lists of names, for objects that print a decision."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from html import escape
 
 
 def format_table(rows: Sequence[Sequence[str]], right_aligned: Collection[int] = ()) -> str:
@@ -26,3 +27,18 @@ def format_table(rows: Sequence[Sequence[str]], right_aligned: Collection[int] =
 def shorten(names: Sequence[str], most: int = 3) -> str:
     """Return the first `most` names, and how many there are if there are more."""
     return ", ".join(names[:most]) + (f", ... ({len(names)})" if len(names) > most else "")
+
+
+def format_html(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """Return `rows`, the first of them the header, and `notes` below as HTML for a notebook."""
+    head, *body = rows
+    header = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in body]
+    table = "".join(f"<tr>{line}</tr>" for line in lines)
+    paragraphs = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return f"<table><thead><tr>{header}</tr></thead><tbody>{table}</tbody></table>{paragraphs}"
+
+
+def article(noun: str) -> str:
+    """Return the indefinite article of `noun`."""
+    return "an" if noun[:1] in "AEIOUaeiou" else "a"

@@ -1,0 +1,1 @@
+"""Modules that only this package uses: nothing here is public."""

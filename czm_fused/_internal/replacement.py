@@ -1,0 +1,104 @@
+"""Carry out a conversion: fold, replace, and undo everything if it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from czm_fused.nn import ChannelAffine, ChannelNoise, Copy
+
+
+@contextmanager
+def undone_on_error(model: nn.Module, changed: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore children and attributes of `model`'s modules if an exception is raised.
+
+    Args:
+        model: the model.
+        changed: its modules whose parameters and buffers are restored as well.
+    """
+    modules = [
+        (module, dict(vars(module)), dict(module._modules), dict(module._parameters))
+        for module in model.modules()
+    ]
+    tensors = [each for module in changed for each in (*module.parameters(), *module.buffers())]
+    contents = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for module, attributes, children, parameters in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._modules.clear()
+            module._modules.update(children)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        with torch.no_grad():
+            for tensor, content in contents:
+                tensor.copy_(content)
+        raise
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each value of `replacements` wherever its key is a child within `model`."""
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[key] = replacements[child]
+
+
+def add_bias(convolution: Any) -> None:
+    """Give a convolution a bias of 0, unless it has one."""
+    if convolution.bias is None:
+        weight = convolution.weight
+        bias = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+        convolution.bias = nn.Parameter(bias, requires_grad=weight.requires_grad)
+
+
+def fold(convolution: Any, norm: Any) -> None:
+    """Multiply and shift the weight and bias of `convolution` as `norm` does its output in eval."""
+    factor, summand = _scale_and_shift(norm)
+    with torch.no_grad():
+        weight = convolution.weight
+        weight.copy_(weight * factor.view(-1, *[1] * (weight.dim() - 1)))
+        convolution.bias.copy_(convolution.bias * factor + summand)
+
+
+def replacement_for(norm: Any, *, affine: bool, copies: bool, noise: float) -> nn.Module:
+    """Return the module that takes the place of a BatchNorm.
+
+    Args:
+        norm: the BatchNorm; its children, which timm's have, stay behind what replaces it.
+        affine: begin with the scale and shift of `norm` in eval mode.
+        copies: the result must not share memory with the input.
+        noise: half the width of the noise that multiplies each channel in training; 0 for none.
+    """
+    parts = [child for child in norm.children() if not isinstance(child, nn.Identity)]
+    if noise > 0:
+        parts.insert(0, ChannelNoise(noise, copies=copies))
+    elif copies:
+        parts.insert(0, Copy())
+    if affine:
+        factor, summand = (each.to(norm.running_var.dtype) for each in _scale_and_shift(norm))
+        scale = ChannelAffine(factor, summand)
+        parts.insert(0, scale.requires_grad_(norm.affine and norm.weight.requires_grad))
+    if not parts:
+        return nn.Identity().train(norm.training)
+    replacement = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+    return replacement.train(norm.training)
+
+
+def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
+    """Return the factor and the summand of each channel of a BatchNorm in eval mode."""
+    with torch.no_grad():
+        dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
+        factor = (norm.running_var.to(dtype) + norm.eps).rsqrt()
+        if norm.weight is not None:
+            factor = factor * norm.weight
+        summand = -norm.running_mean * factor
+        if norm.bias is not None:
+            summand = summand + norm.bias
+        return factor, summand

@@ -1,0 +1,445 @@
+"""calibrate_(): a start for every convolution, measured on the user's own data."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
+
+from czm_fused._internal.residual import branch_ends
+from czm_fused._internal.text import format_table, shorten
+from czm_fused.example import preserved, run_example
+from czm_fused.init import Convolution, named_convolutions
+
+TARGET = 1.0
+"""The spread that the output of a convolution starts with."""
+
+BRANCH = 0.5
+"""The spread of the last convolution of a residual branch, as a share of the target."""
+
+NOISE_BATCH = 32
+NOISE_SIZES = {3: (256, 1024), 4: (64, 32, 28, 96, 224), 5: (32, 16)}
+"""Lengths of the spatial dimensions to try for a batch of noise, by its number of dimensions."""
+
+DEAD, EXPLODED = 1e-3, 1e3
+"""Spreads of the model's output outside of which a start is warned about."""
+
+NEVER_RAN, CONSTANT, NOT_FINITE = "never ran", "constant output", "output not finite"
+COMPUTED = "weight computed by a hook"
+
+REMEDIES = {
+    NEVER_RAN: "pass an example_input that reaches them, or set their scale by hand",
+    CONSTANT: "pass a batch of different real inputs, and look at what comes before them",
+    NOT_FINITE: "look for a division or an overflow before them",
+    COMPUTED: "remove the hook, or calibrate before it is registered",
+}
+"""What to do about convolutions that are left as they are."""
+
+
+@dataclass(frozen=True)
+class LayerStart:
+    """The start of one convolution.
+
+    Attributes:
+        name: its dotted name.
+        gain: the norm of its filters after calibration, the median over the filters.
+        before: the spread of its output with the weight as it was, its input calibrated; NaN if it
+            never ran.
+        after: the spread after calibration.
+        remark: "branch" for the last convolution of a residual branch; or why it is as it was.
+    """
+
+    name: str
+    gain: float
+    before: float
+    after: float
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What `calibrate_` measured and set; printed, a table.
+
+    The spread of a tensor is its standard deviation over samples and positions, the root mean
+    square over channels.
+
+    Attributes:
+        layers: the convolutions in the order of execution, then those that never ran.
+        output_before: the spread of the model's first output before calibration.
+        output_after: the same after it.
+        notes: in words, what was decided and what is wrong.
+    """
+
+    layers: tuple[LayerStart, ...]
+    output_before: float
+    output_after: float
+    notes: tuple[str, ...] = ()
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [("layer", "gain", "spread before", "after", "remark")]
+        for layer in self.layers:
+            numbers = (f"{x:.3g}" for x in (layer.gain, layer.before, layer.after))
+            rows.append((layer.name, *numbers, layer.remark))
+        rows.append(("output", "", f"{self.output_before:.3g}", f"{self.output_after:.3g}", ""))
+        return rows
+
+    def __str__(self) -> str:
+        return "\n".join([format_table(self._rows(), right_aligned=(1, 2, 3)), *self.notes])
+
+    def _repr_html_(self) -> str:
+        header, *rows = self._rows()
+        lines = ["<table><thead><tr>", *(f"<th>{escape(cell)}</th>" for cell in header)]
+        lines.append("</tr></thead><tbody>")
+        for row in rows:
+            lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+        lines.append("</tbody></table>")
+        return "".join([*lines, *(f"<p>{escape(note)}</p>" for note in self.notes)])
+
+
+def calibrate_(
+    model: nn.Module,
+    example_input: Any = None,
+    *,
+    target: float = TARGET,
+    branch: float = BRANCH,
+    center: bool = True,
+    seed: int = 0,
+) -> CalibrationReport:
+    """Give the output of every convolution of `model` the same spread and the mean 0, in place.
+
+    One pass over `example_input` in the order of execution. Each convolution, before the next one
+    sees its output, has all its filters multiplied by one factor, so that the standard deviation of
+    its output over samples and positions is `target`, and its bias set so that the mean of every
+    channel is 0 (Salimans and Kingma, arXiv 1602.07868, section 3, by layer instead of by filter):
+
+        s    = target / sqrt(mean_f var(W[f] * x))
+        W[f] <- s W[f]
+        b[f] <- -mean(W[f] * x)
+
+    The last convolution of a residual branch, whose output is added to a shortcut, gets the spread
+    `branch * target`, so that the shortcut carries the signal. Nothing else is changed: directions
+    of filters, linear layers, buffers, modes and the state of torch's generators stay.
+
+    A convolution that runs several times, or shares its weight, is set at its first run. One that
+    runs in training mode alone (an auxiliary head) is set in a pass of its own in that mode.
+    Transposed convolutions are left as they are.
+
+    Args:
+        model: the network, initialised by `czm_init_` or by `convert`, on any device; not compiled.
+        example_input: a batch of real inputs, 16 or more: a tensor, a tuple of positional or a
+            dictionary of keyword arguments. If None, noise with as much power in every octave, as
+            natural images have, with the channels of the first convolution and 64 pixels, or
+            another usual size if the model does not take that.
+        target: the spread of the output of a convolution. Default 1.
+        branch: the spread of a residual branch as a share of `target`. Default 0.5.
+        center: whether biases are set; False leaves them. Default True.
+        seed: of the noise. Default 0.
+
+    Returns:
+        A report: the gain and the spread of every layer, and the spread of the model's output
+        before and after.
+
+    Raises:
+        ValueError: `target` or `branch` is not a positive number; the model has no convolution;
+            `example_input` is one sample, constant, not finite, of another dtype or device than
+            the model, or reaches no convolution; or the model fails on it in eval mode. The model
+            is as it was then.
+
+    Warns:
+        UserWarning: a convolution never ran, or its output is constant or not finite (it is left as
+            it was), or the output of the model is dead or explodes; with the names and the remedy.
+    """
+    for name, value in (("target", target), ("branch", branch)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, but was {value}")
+    convolutions = named_convolutions(model)
+    if not convolutions:
+        raise ValueError("model must have a convolution, but had none; there is nothing to scale")
+    notes: list[str] = []
+    if example_input is None:
+        example_input = _noise_for(model, convolutions, seed)
+        size = "x".join(map(str, example_input.shape))
+        notes.append(f"measured on noise, {size}: a batch of real inputs gives a better start")
+    else:
+        _check_example(convolutions, example_input)
+
+    with _undone_on_error(convolutions), preserved(model):
+        _to_measuring_mode(model)
+        output_before = _output_spread(_run(model, example_input))
+        ends = branch_ends(model, convolutions, example_input)
+        calibration = _Calibration(convolutions, ends, target, branch, center)
+        with calibration.hooked():
+            output_after = _output_spread(_run(model, example_input))
+        if not calibration.layers:
+            raise ValueError(
+                "example_input must reach a convolution of the model, but none ran on it; "
+                "pass what the model takes in training"
+            )
+        if len(calibration.layers) < len(convolutions):
+            model.train()
+            try:
+                with calibration.hooked():
+                    run_example(model, example_input)
+            except Exception as error:
+                notes.append(
+                    "what runs in training mode alone was not measured, as the forward pass "
+                    f"failed there ({type(error).__name__}: {error})"
+                )
+    layers = calibration.all_layers()
+    complaints = [*_layer_complaints(layers), *_output_complaints(output_after)]
+    for complaint in complaints:
+        warnings.warn(complaint, stacklevel=2)
+    return CalibrationReport(layers, output_before, output_after, (*notes, *complaints))
+
+
+class _Calibration:
+    """Sets convolutions as they run, each at its first run."""
+
+    def __init__(
+        self,
+        convolutions: dict[str, Convolution],
+        ends: set[str],
+        target: float,
+        branch: float,
+        center: bool,
+    ) -> None:
+        self.convolutions = convolutions
+        self.names = {convolution: name for name, convolution in convolutions.items()}
+        self.targets = {name: target * (branch if name in ends else 1) for name in convolutions}
+        self.ends = ends
+        self.center = center
+        self.layers: dict[str, LayerStart] = {}
+        self.owners: dict[int, str] = {}
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        hooks = [each.register_forward_hook(self._set) for each in self.names]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _set(self, convolution: Any, _: Any, output: Tensor) -> Tensor | None:
+        name = self.names[convolution]
+        if name in self.layers:
+            return None
+        before = _spread(output)
+        owner = name
+        for parameter in _parameters(convolution):
+            owner = self.owners.setdefault(id(parameter), owner)
+        why_not = (
+            f"shares the weight of {owner!r}"
+            if owner != name
+            else COMPUTED
+            if not _has_settable_weight(convolution)
+            else CONSTANT
+            if before == 0
+            else NOT_FINITE
+            if not math.isfinite(before)
+            else ""
+        )
+        if why_not:
+            self._record(name, before, before, why_not)
+            return None
+        factor = self.targets[name] / before
+        if parametrize.is_parametrized(convolution, "weight"):
+            convolution.weight = convolution.weight * factor
+        else:
+            convolution.weight.mul_(factor)
+        self._record(name, before, self.targets[name], "branch" if name in self.ends else "")
+        if convolution.bias is None:
+            return output * factor
+        shape = (-1, *[1] * (convolution.weight.dim() - 2))
+        result = (output - convolution.bias.view(shape)) * factor
+        if self.center:
+            space = tuple(range(-len(shape) + 1, 0))
+            means = result.to(_compute_dtype(result)).mean(dim=space)
+            convolution.bias.copy_(-(means.mean(dim=0) if means.dim() > 1 else means))
+        return result + convolution.bias.view(shape)
+
+    def _record(self, name: str, before: float, after: float, remark: str) -> None:
+        self.layers[name] = LayerStart(name, _gain(self.convolutions[name]), before, after, remark)
+
+    def all_layers(self) -> tuple[LayerStart, ...]:
+        missing = [
+            LayerStart(name, _gain(convolution), math.nan, math.nan, NEVER_RAN)
+            for name, convolution in self.convolutions.items()
+            if name not in self.layers
+        ]
+        return (*self.layers.values(), *missing)
+
+
+def _layer_complaints(layers: tuple[LayerStart, ...]) -> Iterator[str]:
+    for remark, remedy in REMEDIES.items():
+        names = [layer.name for layer in layers if layer.remark == remark]
+        if names:
+            yield f"convolutions left as they were ({remark}): {shorten(names)}; {remedy}"
+
+
+def _output_complaints(spread: float) -> Iterator[str]:
+    look = "look at the initialisation of what follows the last convolution, as the classifier"
+    if spread < DEAD:
+        yield f"the model starts dead, its output with a spread of {spread:.1e}; {look}"
+    elif spread > EXPLODED:
+        yield f"the model starts exploded, its output with a spread of {spread:.1e}; {look}"
+    elif math.isnan(spread):
+        yield "the model's output holds no floating-point tensor, or NaN; its start is unknown"
+
+
+def _has_settable_weight(convolution: Any) -> bool:
+    return "weight" in convolution._parameters or parametrize.is_parametrized(convolution, "weight")
+
+
+def _parameters(convolution: Any) -> list[Tensor]:
+    """Return the tensors that hold the weight."""
+    if parametrize.is_parametrized(convolution, "weight"):
+        return list(convolution.parametrizations.weight.parameters())
+    weight = convolution._parameters.get("weight")
+    return [] if weight is None else [weight]
+
+
+def _gain(convolution: Convolution) -> float:
+    weight = convolution.weight.detach()
+    return weight.to(_compute_dtype(weight)).flatten(1).norm(dim=1).median().item()
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _spread(x: Tensor) -> float:
+    """Return the standard deviation over all but dimension 1, the root mean square over that.
+
+    0 where that is no more than the rounding of a constant.
+    """
+    x = x.detach().to(_compute_dtype(x))
+    if x.dim() < 2:
+        x = x.reshape(-1, 1)
+    channels = x.transpose(0, 1).flatten(1)
+    spread = channels.var(dim=1, correction=0).mean().sqrt().item()
+    rounding = 4 * torch.finfo(x.dtype).eps * channels.square().mean().sqrt().item()
+    return 0.0 if spread < rounding else spread
+
+
+def _output_spread(output: Any) -> float:
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return _spread(leaf)
+    return math.nan
+
+
+def _to_measuring_mode(model: nn.Module) -> None:
+    """Turn dropout and noise off, but let the normalisations that stay normalise."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            module.train()
+
+
+def _run(model: nn.Module, example_input: Any) -> Any:
+    try:
+        return run_example(model, example_input)
+    except Exception as error:
+        raise ValueError(
+            "example_input must be a batch that model takes in eval mode, but the model raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+@contextmanager
+def _undone_on_error(convolutions: dict[str, Convolution]) -> Iterator[None]:
+    tensors = [tensor for each in convolutions.values() for tensor in _parameters(each)]
+    tensors += [each.bias for each in convolutions.values() if each.bias is not None]
+    contents = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, content in zip(tensors, contents, strict=True):
+                tensor.copy_(content)
+        raise
+
+
+def _check_example(convolutions: dict[str, Convolution], example_input: Any) -> None:
+    tensors = [x for x in tree_leaves(example_input) if isinstance(x, Tensor)]
+    floats = [x for x in tensors if x.is_floating_point()]
+    remedy = "pass 16 or more different real inputs"
+    if not tensors:
+        raise ValueError(
+            "example_input must be a tensor, or a tuple or dictionary with one, but was "
+            f"{type(example_input).__name__}; {remedy}"
+        )
+    if all(x.dim() == 0 or len(x) < 2 for x in tensors):
+        raise ValueError(f"example_input must be a batch, but was one sample or none; {remedy}")
+    weight = next(iter(convolutions.values())).weight
+    for x in tensors:
+        if x.device != weight.device:
+            raise ValueError(
+                f"example_input must be on the model's device, {weight.device}, but was on "
+                f"{x.device}; move it there with .to({str(weight.device)!r})"
+            )
+    for x in floats:
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"example_input must have the model's dtype, {weight.dtype}, but had {x.dtype}; "
+                f"convert it with .to({weight.dtype})"
+            )
+        if not bool(x.isfinite().all()):
+            raise ValueError(f"example_input must be finite, but has NaN or infinity; {remedy}")
+    if floats and all(_is_constant(x) for x in floats):
+        raise ValueError(
+            f"example_input must vary from sample to sample, but is constant; {remedy}"
+        )
+
+
+def _is_constant(x: Tensor) -> bool:
+    return x.dim() == 0 or bool((x == x[:1]).all())
+
+
+def _noise_for(model: nn.Module, convolutions: dict[str, Convolution], seed: int) -> Tensor:
+    """Return a batch of noise that the model takes, of its dtype and on its device."""
+    stem = next(
+        (c for c in convolutions.values() if getattr(c, "stem", False) is True),
+        next(iter(convolutions.values())),
+    )
+    weight = stem.weight
+    failure = ""
+    for size in NOISE_SIZES[weight.dim()]:
+        space = (size,) * (weight.dim() - 2)
+        noise = _image_noise((NOISE_BATCH, stem.in_channels, *space), seed)
+        noise = noise.to(weight.device, weight.dtype)
+        try:
+            with preserved(model):
+                _to_measuring_mode(model)
+                run_example(model, noise)
+            return noise
+        except Exception as error:
+            failure = failure or f"{type(error).__name__}: {error}"
+    raise ValueError(
+        f"example_input must be given, as the model does not run on noise ({failure}); "
+        "pass a batch of real inputs"
+    )
+
+
+def _image_noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Return noise of unit spread with as much power in every octave, as natural images have."""
+    generator = torch.Generator().manual_seed(seed)
+    size = shape[2]
+    mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[len(shape)]
+    total = torch.zeros(shape)
+    for octave in range(1, int(math.log2(size)) + 1):
+        coarse = torch.randn(*shape[:2], *[2**octave] * (len(shape) - 2), generator=generator)
+        total += F.interpolate(coarse, shape[2:], mode=mode, align_corners=False)
+    return total / total.std()

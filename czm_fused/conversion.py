@@ -1,0 +1,487 @@
+"""convert(): take BatchNorm out of a network, and put zero-mean convolutions in."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.utils import parametrize
+
+from czm_fused._internal.convertible import check_convertible, check_untrained
+from czm_fused._internal.dataflow import DataFlow, Value, follow
+from czm_fused._internal.replacement import (
+    add_bias,
+    fold,
+    replace_modules,
+    replacement_for,
+    undone_on_error,
+)
+from czm_fused._internal.text import article, format_html, format_table, shorten
+from czm_fused.calibration import calibrate_
+from czm_fused.example import zeros_for
+from czm_fused.groups import ParamGroups, check_initialised, decide_stems
+from czm_fused.init import (
+    CONVOLUTIONS,
+    GAIN,
+    Convolution,
+    check_gain,
+    czm_init_,
+    find_stems,
+    named_convolutions,
+)
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+_logger = logging.getLogger(__name__)
+
+REMOVED, FOLDED, AFFINE, LEFT = "removed", "folded", "affine", "left"
+"""The actions that `convert` takes on a normalisation."""
+
+OTHER_NORMALISATIONS = (
+    _NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+    nn.CrossMapLRN2d,
+)
+
+NAMES_OF_NORMALISATIONS = re.compile(r"[Nn]orm|NORM|[A-Z]BN|BN$|BN\dd|FRN|FilterResponse")
+"""Parts of class names of other libraries' normalisations, which share no base class."""
+
+TIMM_BATCH_NORMS = ("BatchNormAct2d", "SyncBatchNormAct")
+"""timm's BatchNorms, whose children `drop` and `act` are applied to their result, in that order."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """The decision about one normalisation.
+
+    Attributes:
+        name: its dotted name.
+        type: the name of its class, or the operator if it is called as a function.
+        action: "removed"; "folded" into the convolutions; replaced by an "affine", a scale and
+            shift per channel (`czm_fused.nn.ChannelAffine`); or "left" in place.
+        convolutions: the dotted names of the convolutions that its input is computed from.
+        biases: those of them that gain a bias.
+        remark: the reason, where the action does not say it all.
+        copies: the input is needed elsewhere, so the replacement returns a copy of it.
+    """
+
+    name: str
+    type: str
+    action: str
+    convolutions: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+    remark: str = ""
+    copies: bool = False
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """The changes that `convert` makes to a model; printed, or at the end of a cell, a table.
+
+    Attributes:
+        changes: one for every normalisation of the model, in the order of registration.
+        stem: the dotted names of the convolutions that are treated as the stem.
+        from_pretrained: weights are kept or folded, instead of initialised anew.
+        notes: in words, what else was decided, and what could not be seen.
+    """
+
+    changes: tuple[Change, ...]
+    stem: tuple[str, ...]
+    from_pretrained: bool
+    notes: tuple[str, ...]
+
+    @property
+    def left(self) -> tuple[Change, ...]:
+        """The normalisations that stay in place."""
+        return tuple(change for change in self.changes if change.action == LEFT)
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """The dotted names of the convolutions that gain a bias."""
+        return tuple(dict.fromkeys(name for change in self.changes for name in change.biases))
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [
+            ("normalisation", "type", "action", "convolutions", "remark")
+        ]
+        for change in self.changes:
+            biased = [f"{c} (+ bias)" if c in change.biases else c for c in change.convolutions]
+            rows.append((change.name, change.type, change.action, shorten(biased), change.remark))
+        return rows
+
+    def __str__(self) -> str:
+        return "\n".join([format_table(self._rows()), *self.notes])
+
+    def _repr_html_(self) -> str:
+        return format_html(self._rows(), self.notes)
+
+
+def convert(
+    model: _Module,
+    *,
+    example_input: Any = None,
+    stem: nn.Module | str | None = None,
+    from_pretrained: bool | None = None,
+    gain: float | None = None,
+    noise: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> _Module:
+    """Take BatchNorm out of `model` in place, put CZM in, and return `model`.
+
+    A BatchNorm (torch's, SyncBatchNorm, timm's with its activation) goes if its input is computed
+    by convolutions, with anything in between: a concatenation, a sum, an activation, pooling. It is
+    replaced by `nn.Identity`, or by its activation; those convolutions gain a bias; and all
+    convolutions of the model, transposed ones excepted, are initialised by CZMI (paper section
+    3.2), the stem with its means, and scaled by `czm_fused.calibration.calibrate_` so that the
+    output of each starts with the same spread. Everything else stays: a warning names every
+    normalisation that does, and `plan_conversion` lists the reasons. The stem is marked, so that
+    `czm_param_groups(model)` finds it. Make optimizers and averaged copies of the model afterwards,
+    as parameters are added and removed.
+
+    With `from_pretrained`, the model keeps what it has learnt: the running statistics are folded
+    into the weight and bias of the convolution before,
+
+        W[f] <- W[f] * weight[f] / sqrt(running_var[f] + eps)
+        b[f] <- (b[f] - running_mean[f]) * weight[f] / sqrt(running_var[f] + eps) + bias[f]
+
+    if nothing else reads the convolution's output. Elsewhere, as with a BatchNorm that follows an
+    activation, a learnable scale and shift per channel takes its place. In eval mode, the outputs
+    stay the same to rounding.
+
+    The plan, and the start of each layer, are logged by `logging` at level INFO.
+
+    Args:
+        model: the network, on any device; not yet compiled, wrapped or sharded.
+        example_input: a batch of real inputs, 16 or more: a tensor, a tuple of positional or a
+            dictionary of keyword arguments for `model`. Forward passes on it, in eval and in
+            training mode, show which convolutions feed which BatchNorm, and set the scales. If
+            None, zeros and noise of a usual size take its place.
+        stem: the convolution that reads the image, as a module or by its dotted name; by default
+            the first to run.
+        from_pretrained: True folds BatchNorm, False starts anew. By default False; but a model
+            with running statistics that are not their initial values, as after training, is then
+            refused, as it would lose its weights.
+        gain: the norm of every filter that is initialised, in place of the measured scales; the
+            paper's is 0.8.
+        noise: half the width a of the noise U(1 - a, 1 + a) that multiplies each channel of each
+            sample where a BatchNorm was replaced, in training only (`czm_fused.nn.ChannelNoise`);
+            in [0, 1), 0 (none) by default.
+        generator: the source of the initial weights; torch's default generator if None.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`.
+        ValueError: as in `plan_conversion`, `czm_init_` and `calibrate_`; `gain` is given with
+            `from_pretrained`; or `noise` is outside [0, 1). The model is as it was.
+
+    Warns:
+        UserWarning: a normalisation stays, the forward pass fails in training mode, an optimizer
+            that was made before will not train the new parameters, or as in `calibrate_`.
+    """
+    if gain is not None:
+        check_gain(gain)
+    if not 0.0 <= noise < 1.0:
+        raise ValueError(f"noise must be in [0, 1), but was {noise}")
+    plan = plan_conversion(
+        model, example_input=example_input, stem=stem, from_pretrained=from_pretrained
+    )
+    if plan.from_pretrained and gain is not None:
+        raise ValueError(
+            f"gain must be None with from_pretrained=True, which keeps the weights, but was {gain}"
+        )
+    convolutions = named_convolutions(model)
+    _warn_of_optimizers(model, plan)
+    with undone_on_error(model, convolutions.values()):
+        _carry_out(model, plan, noise)
+        if convolutions and not plan.from_pretrained:
+            czm_init_(model, gain=GAIN if gain is None else gain, generator=generator)
+            if gain is None:
+                _logger.info("%s", calibrate_(model, example_input))
+    _logger.info("%s", plan)
+    _warn_of_plan(plan)
+    return model
+
+
+def plan_conversion(
+    model: nn.Module,
+    *,
+    example_input: Any = None,
+    stem: nn.Module | str | None = None,
+    from_pretrained: bool | None = None,
+) -> ConversionPlan:
+    """Return the changes that `convert` would make to `model`, and leave it as it is.
+
+    Args:
+        model, example_input, stem, from_pretrained: as in `convert`; one sample is enough here.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`.
+        ValueError: `model` is compiled, wrapped, sharded, scripted or exported, has a lazy module
+            that has not been initialised, has running statistics of a training while
+            `from_pretrained` is None, or does not run on `example_input` in eval mode; there is no
+            `example_input`, and the model does not run on zeros; or `stem` is not a convolution of
+            `model`.
+    """
+    check_convertible(model)
+    check_initialised(model)
+    if from_pretrained is None:
+        check_untrained(model)
+        from_pretrained = False
+    convolutions = named_convolutions(model)
+    if stem is not None:
+        find_stems(convolutions, stem)
+    if not convolutions:
+        flow = DataFlow()
+    elif example_input is None:
+        flow = follow(model, zeros_for(model, next(iter(convolutions.values()))))
+    else:
+        flow = follow(model, example_input)
+    first = convolutions[next(iter(flow.convolutions))] if flow.convolutions else None
+    stems, reason = decide_stems(convolutions, stem, first)
+    names = tuple(name for name, convolution in convolutions.items() if convolution in stems)
+    changes = _Planner(model, convolutions, flow, from_pretrained).changes()
+    plan = ConversionPlan(tuple(changes), names, from_pretrained, ())
+    notes = [
+        _summary(changes),
+        f"{len(convolutions)} convolutions: "
+        + ("weights kept or folded" if from_pretrained else "initialised by CZMI"),
+        f"stem: {', '.join(map(repr, names))} ({reason})" if names else f"stem: {reason}",
+        *flow.notes,
+    ]
+    if plan.biases:
+        count = len(plan.biases)
+        notes.append(f"{count} convolutions gain a bias: make the optimizer after the conversion")
+    return ConversionPlan(plan.changes, plan.stem, from_pretrained, tuple(notes))
+
+
+class _Planner:
+    """Decides what becomes of every normalisation of a model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        convolutions: dict[str, Convolution],
+        flow: DataFlow,
+        from_pretrained: bool,
+    ) -> None:
+        self.modules = dict(model.named_modules())
+        self.convolutions = convolutions
+        self.flow = flow
+        self.from_pretrained = from_pretrained
+        holders = Counter(id(p) for m in self.modules.values() for p in m._parameters.values())
+        self.shared = {each for each, count in holders.items() if count > 1} - {id(None)}
+
+    def changes(self) -> list[Change]:
+        changes = []
+        for name, module in self.modules.items():
+            if isinstance(module, _BatchNorm):
+                changes.append(self._change(name, module))
+            elif "parametrizations" in name.split("."):
+                # weight_norm and its like normalise weights.
+                continue
+            elif _is_other_normalisation(module):
+                kind = type(module).__name__
+                changes.append(Change(name, kind, LEFT, remark="not a BatchNorm of torch or timm"))
+        listed = {change.name for change in changes}
+        for name, operators in self.flow.functional.items():
+            if name not in listed:
+                remark = "called as a function, not as a module"
+                changes.append(Change(name, shorten(sorted(operators)), LEFT, remark=remark))
+        return changes
+
+    def _change(self, name: str, norm: _BatchNorm) -> Change:
+        runs = self.flow.norms.get(name, [])
+        inputs = [given for given, _ in runs]
+        producers = frozenset[str]().union(*(given.producers for given in inputs))
+        names = tuple(each for each in self.convolutions if each in producers)
+        kind = type(norm).__name__
+        why = self._why_left(name, norm, inputs)
+        if why:
+            return Change(name, kind, LEFT, names, remark=why)
+        biases = tuple(each for each in names if self.convolutions[each].bias is None)
+        if self.from_pretrained:
+            why = self._why_not_folded(name, inputs, names)
+            if why:
+                return Change(name, kind, AFFINE, names, remark=why)
+            return Change(name, kind, FOLDED, names, biases)
+        changed = any(result.changed for _, result in runs)
+        changed |= any(getattr(child, "inplace", False) for child in norm.children())
+        copies = changed and any(
+            not given.is_fresh or given.consumers != {name} for given in inputs
+        )
+        remark = "a copy of its input is changed in place" if copies else ""
+        return Change(name, kind, REMOVED, names, biases, remark, copies)
+
+    def _why_left(self, name: str, norm: _BatchNorm, inputs: list[Value]) -> str:
+        if parametrize.is_parametrized(norm):
+            return "it is parametrized"
+        if not _computes_batch_norm(norm):
+            return "a subclass of BatchNorm with a forward pass of its own"
+        if _has_hooks(norm):
+            return "it has hooks"
+        if name in self.flow.reads:
+            attributes = shorten(sorted(self.flow.reads[name])) or "tensors"
+            return f"the forward pass reads its {attributes} elsewhere"
+        if not inputs:
+            return "did not run"
+        if not all(given.producers for given in inputs):
+            return "its input comes from no convolution"
+        for producer in sorted(frozenset().union(*(given.producers for given in inputs))):
+            if producer not in self.convolutions:
+                kind = type(self.modules[producer]).__name__
+                if not producer:
+                    return "its input comes from a weight of the model itself"
+                return f"its input comes from {producer!r}, {article(kind)} {kind}"
+        if self.from_pretrained and norm.running_mean is None:
+            return "it keeps no running statistics"
+        return ""
+
+    def _why_not_folded(self, name: str, inputs: list[Value], producers: tuple[str, ...]) -> str:
+        if not all(given.is_convolution for given in inputs):
+            return "no convolution directly before it"
+        for producer in producers:
+            consumers = {
+                each for value in self.flow.convolutions[producer] for each in value.consumers
+            }
+            if consumers != {name}:
+                return f"{producer!r} feeds {shorten(sorted(consumers - {name}))} as well"
+            convolution = self.convolutions[producer]
+            if _has_hooks(convolution):
+                return f"{producer!r} has hooks"
+            parameters = {id(each) for each in convolution.parameters(recurse=False)}
+            if producer in self.flow.tied or parameters & self.shared:
+                return f"the parameters of {producer!r} are shared"
+            if not _computes_convolution(convolution):
+                return f"{producer!r} does not convolve with its parameters as they are"
+        return ""
+
+
+def _computes_batch_norm(norm: _BatchNorm) -> bool:
+    kind = type(norm)
+    # timm's have an activation as a child. They are known by name, as timm may not be installed.
+    if kind.__module__.startswith("timm.") and kind.__name__ in TIMM_BATCH_NORMS:
+        return True
+    forward = kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return forward and "forward" not in vars(norm) and not any(norm.children())
+
+
+def _computes_convolution(convolution: Convolution) -> bool:
+    torchs = next(each for each in CONVOLUTIONS if isinstance(convolution, each))
+    return (
+        type(convolution).forward is torchs.forward
+        and type(convolution)._conv_forward is torchs._conv_forward
+        and not {"forward", "_conv_forward"} & vars(convolution).keys()
+        and {"weight", "bias"} <= convolution._parameters.keys()
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
+
+
+def _is_other_normalisation(module: nn.Module) -> bool:
+    if isinstance(module, OTHER_NORMALISATIONS):
+        return True
+    if {"running_mean", "running_var"} <= module._buffers.keys():
+        return True
+    name = type(module).__name__
+    return bool(NAMES_OF_NORMALISATIONS.search(name)) and not any(module.children())
+
+
+def _warn_of_plan(plan: ConversionPlan) -> None:
+    for note in plan.notes:
+        if "in training mode alone" in note:
+            warnings.warn(note, stacklevel=3)
+    if plan.left:
+        reasons = [f"{change.name!r} ({change.type}: {change.remark})" for change in plan.left]
+        warnings.warn(
+            f"{len(plan.left)} of {len(plan.changes)} normalisations stay: {shorten(reasons)}; "
+            "plan_conversion(model) lists them all",
+            stacklevel=3,
+        )
+
+
+def _warn_of_optimizers(model: nn.Module, plan: ConversionPlan) -> None:
+    """Warn of optimizers, groups and wrappers that exist and lack the parameters to come."""
+    affine = any(change.action == AFFINE for change in plan.changes)
+    if not plan.biases and not affine:
+        return
+    parameters = {id(parameter) for parameter in model.parameters()}
+    if not _holders(parameters):
+        return
+    # Garbage in reference cycles holds parameters, too.
+    gc.collect()
+    names = _holders(parameters)
+    if names:
+        warnings.warn(
+            f"{shorten(names)} made before convert will not train the parameters that it adds; "
+            "make it from the converted model",
+            stacklevel=3,
+        )
+
+
+def _holders(parameters: set[int]) -> list[str]:
+    """Return the class names of the objects alive that hold any of `parameters` for training."""
+    names = []
+    for each in gc.get_objects():
+        # isinstance would ask proxies for their class, which can import what they stand for.
+        if issubclass(type(each), torch.optim.Optimizer):
+            groups = getattr(each, "param_groups", [])
+        elif issubclass(type(each), ParamGroups):
+            groups = each
+        elif issubclass(type(each), nn.parallel.DistributedDataParallel):
+            groups = [{"params": list(each.parameters())}]
+        else:
+            continue
+        if any(id(parameter) in parameters for group in groups for parameter in group["params"]):
+            names.append(type(each).__name__)
+    return names
+
+
+def _summary(changes: Sequence[Change]) -> str:
+    counts = Counter(change.action for change in changes)
+    if not counts:
+        return "no normalisation was found"
+    return "normalisations: " + ", ".join(f"{n} {action}" for action, n in counts.items())
+
+
+def _carry_out(model: nn.Module, plan: ConversionPlan, noise: float) -> None:
+    modules = dict(model.named_modules())
+    replacements: dict[nn.Module, nn.Module] = {}
+    for change in plan.changes:
+        if change.action == LEFT:
+            continue
+        norm = modules[change.name]
+        for name in change.biases:
+            add_bias(modules[name])
+        if change.action == FOLDED:
+            for name in change.convolutions:
+                fold(modules[name], norm)
+        replacements[norm] = replacement_for(
+            norm, affine=change.action == AFFINE, copies=change.copies, noise=noise
+        )
+    replace_modules(model, replacements)
+    for name, convolution in named_convolutions(model).items():
+        _mark(convolution, name in plan.stem)
+
+
+def _mark(convolution: Any, is_stem: bool) -> None:
+    """Make a convolution say, as `CZMConv2d(..., stem=True)` does, whether it is the stem."""
+    if is_stem or getattr(convolution, "stem", False) is True:
+        convolution.stem = is_stem
