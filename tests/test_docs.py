@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import os
 import re
 import subprocess
 import sys
@@ -115,7 +116,12 @@ def test_options_of_czm_train_exist():
     command = [sys.executable, "-m", "czm_fused.training"]
     known: set[str] = set()
     for sub in ([], ["table1"], ["tune"], ["figures"]):
-        result = subprocess.run([*command, *sub, "--help"], capture_output=True, text=True)
+        result = subprocess.run(
+            [*command, *sub, "--help"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "COLUMNS": "120"},
+        )
         assert result.returncode == 0, result.stderr
         known |= set(re.findall(r"--[a-z][a-z0-9-]*", result.stdout))
     for name in ("training.md", "fidelity.md"):
