@@ -223,7 +223,10 @@ def plan_conversion(
     """Return the changes that `convert` would make to `model`, and leave it as it is.
 
     Args:
-        model, example_input, stem, from_pretrained: as in `convert`; one sample is enough here.
+        model: as in `convert`.
+        example_input: as in `convert`; one sample is enough here.
+        stem: as in `convert`.
+        from_pretrained: as in `convert`.
 
     Raises:
         TypeError: `model` is not an `nn.Module`.

@@ -1,7 +1,14 @@
-"""The code of the README and of docs/ runs as it stands there, and the options in it exist."""
+"""The code of README, docs/ and the READMEs of operators runs when copied alone."""
 
+import doctest
+import json
+import os
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,58 +17,202 @@ import czm_fused
 from czm_fused.ops.step import reference
 
 ROOT = Path(__file__).parent.parent
-PAGES = [page for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if page.exists()]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
-WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text())]
+PAGES = [
+    page
+    for page in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted(ROOT.glob("docs/**/*.md")),
+        *sorted(ROOT.glob("czm_fused/ops/*/README.md")),
+    )
+    if page.exists() and "benchmarks" not in page.relative_to(ROOT).parts
+]
+needs_pages = pytest.mark.skipif(
+    not (ROOT / "docs").exists(), reason="README and docs are not beside the tests"
+)
 
-needs_pages = pytest.mark.skipif(not PAGES, reason="README and docs are not beside the tests")
+
+class Block(NamedTuple):
+    """A fenced block of code.
+
+    Attributes:
+        page: the file that has it.
+        line: the number of its first line, without the fence, from 1.
+        language: the word behind the opening fence.
+        code: the text between the fences.
+    """
+
+    page: Path
+    line: int
+    language: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
-@needs_pages
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
-def test_blocks(page, tmp_path, monkeypatch):
+def blocks_of(page: Path) -> list[Block]:
     text = page.read_text()
-    if "torchvision" in text:
-        pytest.importorskip("torchvision")
+    return [
+        Block(page, text.count("\n", 0, match.start(3)) + 1, match[2], textwrap.dedent(match[3]))
+        for match in re.finditer(r"^( *)```(\w+)\n(.*?)^\1```", text, re.S | re.M)
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+def skip_without_modules(code: str) -> None:
+    for name in re.findall(r"(?:from|import) (torchvision|matplotlib)\b", code):
+        pytest.importorskip(name)
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=str)
+def test_python_block(block, tmp_path, monkeypatch):
+    skip_without_modules(block.code)
     monkeypatch.chdir(tmp_path)
-    # A page is read from top to bottom: its blocks share their names.
-    names: dict = {}
-    for block in BLOCK.finditer(text):
-        line = text.count("\n", 0, block.start()) + 1
-        # Padded, so that a traceback has the page's own line numbers.
-        exec(compile("\n" * line + block[1], str(page), "exec"), names)
+    # Padded, so that a traceback has the page's own line numbers.
+    code = compile("\n" * (block.line - 1) + block.code, str(block.page), "exec")
+    exec(code, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "pycon"], ids=str)
+def test_pycon_block(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    test = doctest.DocTestParser().get_doctest(
+        block.code, {}, str(block), str(block.page), block.line - 1
+    )
+    assert test.examples
+    report: list[str] = []
+    failed, _ = doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+    assert failed == 0, "".join(report)
 
 
 @needs_pages
-def test_options_of_czm_train_exist(capsys):
-    from czm_fused.training.__main__ import COMMANDS, main
-
-    known = set()
-    for command in ([], *([name] for name in COMMANDS)):
-        with pytest.raises(SystemExit):
-            main([*command, "--help"])
-        known |= set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
+def test_languages_of_blocks():
+    # A block without a language, or in another way of writing, would run nowhere.
     for page in PAGES:
-        if page.name not in ("training.md", "fidelity.md"):
-            continue
-        # torchrun's own options stand before the module's name.
-        text = re.sub(r"torchrun .* -m", "", page.read_text())
+        fences = re.findall(r"^ *(?:```+|~~~+)(.*)$", page.read_text(), re.M)
+        languages = [block.language for block in blocks_of(page)]
+        assert [fence for fence in fences if fence] == languages, page.name
+        assert len(fences) == 2 * len(languages), page.name
+        assert set(languages) <= {"python", "pycon", "sh", "text", "diff", "cpp"}, page.name
+
+
+@needs_pages
+def test_public_names_have_examples():
+    examples: dict[str, str] = {}
+    for page in sorted(ROOT.glob("docs/api/*.md")):
+        for entry in re.split(r"^::: ", page.read_text(), flags=re.M)[1:]:
+            examples[entry.split()[0]] = entry
+    reached = "\n".join(entry for entry in examples.values() if ">>> " in entry)
+    names = set(czm_fused.__all__) - {"__version__", "functional"}
+    assert names == {name for name in names if re.search(rf"^>>> .*\b{name}\b", reached, re.M)}
+    assert "czm_fused.functional.add_relu_noise" in examples
+
+
+@needs_pages
+def test_options_of_czm_train_exist():
+    command = [sys.executable, "-m", "czm_fused.training"]
+    known: set[str] = set()
+    for sub in ([], ["table1"], ["tune"], ["figures"]):
+        result = subprocess.run(
+            [*command, *sub, "--help"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "COLUMNS": "120"},
+        )
+        assert result.returncode == 0, result.stderr
+        known |= set(re.findall(r"--[a-z][a-z0-9-]*", result.stdout))
+    for name in ("training.md", "fidelity.md"):
+        # torchrun's own options are before the module's name.
+        text = re.sub(r"torchrun .* -m", "", (ROOT / "docs" / name).read_text())
         named = set(re.findall(r"(?<![-\w])--[a-z][a-z0-9-]*", text))
-        assert named and named <= known, f"{page.name}: {sorted(named - known)}"
+        assert named and named <= known, f"{name}: {sorted(named - known)}"
 
 
 @needs_pages
-def test_every_page_is_in_the_navigation():
+def test_navigation_has_every_page():
     navigation = (ROOT / "mkdocs.yml").read_text()
-    for page in PAGES:
-        assert page.name == "README.md" or f": {page.name}\n" in navigation, page.name
+    docs = ROOT / "docs"
+    pages = {str(page.relative_to(docs)) for page in PAGES if docs in page.parents}
+    assert pages == {page for page in pages if f": {page}\n" in navigation}
 
 
 @needs_pages
-def test_every_public_name_is_in_the_reference():
-    text = (ROOT / "docs" / "api.md").read_text()
-    missing = [name for name in czm_fused.__all__ if not re.search(rf"\b{name}\b", text)]
-    assert missing == ["__version__"]
+def test_scripts_and_styles_are_files_of_docs():
+    settings = (ROOT / "mkdocs.yml").read_text()
+    extra = re.findall(r"^  - (\S+\.(?:js|css))$", settings, re.M)
+    assert "katex/katex.min.js" in extra and "katex/katex.min.css" in extra
+    assert [name for name in extra if not (ROOT / "docs" / name).is_file()] == []
+    style = (ROOT / "docs" / "katex" / "katex.min.css").read_text()
+    fonts = set(re.findall(r"url\(([^)]*)\)", style))
+    assert fonts and all((ROOT / "docs" / "katex" / font).is_file() for font in fonts)
+
+
+@needs_pages
+def test_links_between_files_of_the_repository():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+@needs_pages
+def test_readme_fits_its_length():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def median(file: str, **wanted: object) -> float:
+    """Return the median of the one row of a committed result file that has these values."""
+    lines = (ROOT / "benchmarks" / "results" / "cpu" / file).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    (row,) = [r for r in rows if all({**r, **r["config"]}[k] == v for k, v in wanted.items())]
+    return row["p50"]
+
+
+def accuracy(method: str) -> float:
+    """Return the mean test accuracy of two seeds, 12 epochs of CIFAR-10, in percent."""
+    runs = ROOT / "benchmarks" / "results" / "cpu" / "cifar10_resnet20"
+    records = [(runs / f"{method}-s{seed}" / "metrics.jsonl").read_text() for seed in (0, 1)]
+    last = [json.loads(record.splitlines()[-1]) for record in records]
+    return sum(record["test_accuracy"] for record in last) / len(last)
+
+
+@needs_pages
+def test_headline_numbers_are_of_committed_files():
+    saved = [
+        median("batchnorm_cost_resnet110_counts.jsonl", provider=provider, metric="saved_bytes")
+        for provider in ("czm_fused_noise", "batchnorm")
+    ]
+    times = [
+        median("batchnorm_cost_resnet110.jsonl", provider=provider, metric="step")
+        for provider in ("czm_fused_noise", "batchnorm")
+    ]
+    step = {"file": "step_throughput.jsonl", "metric": "step", "dtype": "float32"}
+    ratios = [
+        median(**step, model=model, provider="czm_fused", backend="cpu")
+        / median(**step, model=model, provider="sgd_fused")
+        for model in ("resnet110", "resnet50")
+    ]
+    apart = [
+        median("without_statistics.jsonl", provider=provider, metric="accumulated")
+        for provider in ("czm", "bn")
+    ]
+    rows = [
+        f"| {saved[0] / 1e6:.0f} MB | BatchNorm {saved[1] / 1e6:,.0f} MB |",
+        f"| {times[0] / 1e6:.2f} s | BatchNorm {times[1] / 1e6:.2f} s |",
+        f"| {ratios[0]:.2f}; {ratios[1]:.2f} of the time |",
+        f"| {apart[0]:.4%} | BatchNorm {apart[1]:.0%} |".replace("%", " %"),
+        f"| {accuracy('czmig-noise'):.1f} % | BatchNorm {accuracy('bn'):.1f} % |",
+    ]
+    text = (ROOT / "README.md").read_text()
+    assert [row for row in rows if row not in text] == []
+
+
+@needs_pages
+def test_readme_is_included_nowhere():
+    for page in ROOT.glob("docs/**/*.md"):
+        assert not re.search(r'--8<-- "README|include-markdown', page.read_text()), page.name
 
 
 def test_variant_of_2020_is_the_papers_at_another_rate():
