@@ -32,8 +32,8 @@ from common.steps import (
 from common.table import table
 from torch import Tensor
 
-from czm_fused.ops.step import reference
 from czm_fused.ops.backends import choose
+from czm_fused.ops.step import reference
 
 TIMED = Settings(lr=1e-6, luma=5e-4)
 """The learning rate keeps weights where they are for thousands of steps on the same gradients."""

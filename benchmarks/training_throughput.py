@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from common import counting, images, plot, timing
 from common.agreement import DisagreementError, require
 from common.options import Options, parse
@@ -24,8 +23,8 @@ from common.table import table
 
 from czm_fused.models import blocks_per_stage
 from czm_fused.training import data
-from czm_fused.training.errors import TrainingError
 from czm_fused.training.config import Config
+from czm_fused.training.errors import TrainingError
 from czm_fused.training.trainer import reference_trainer
 
 # Weights stay where they are for thousands of steps.

@@ -23,8 +23,8 @@ from czm_fused.calibration import DEAD, EXPLODED
 from czm_fused.example import preserved, run_example
 from czm_fused.init import Convolution, named_convolutions
 from czm_fused.nn import ExpScale
-from czm_fused.optim import FusedCZMSGD
 from czm_fused.ops.step.reference import filter_norms
+from czm_fused.optim import FusedCZMSGD
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -82,8 +82,8 @@ class Operator:
             return self.run_reference(*args)
         if backend == "triton":
             launcher = getattr(importlib.import_module(self._triton), self.name)
-            return launcher(*args)  # type: ignore[no-any-return]
-        return self._native(*args)  # type: ignore[no-any-return]
+            return launcher(*args)
+        return self._native(*args)
 
     def run_reference(self, *args: Tensor | None) -> Result:
         """Compute the operator in plain torch, with the strides that every backend returns."""

@@ -126,7 +126,7 @@ class Config:
     """Seed of all random draws."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
-    backend: str = "auto"
+    backend: Literal["auto", "cpu", "cuda", "triton", "reference"] = "auto"
     """Of the optimizer step: auto takes the fastest here."""
     channels_last: bool = False
     """Keep channels innermost in memory, as convolutions prefer."""

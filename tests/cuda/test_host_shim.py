@@ -16,13 +16,14 @@ from cases import (
     run,
     step_arguments,
 )
-from czm_fused.ops.step.cuda import _MOST_WORDS
-from czm_fused.ops.table import DTYPES as DTYPE_NUMBERS
-from czm_fused.ops.table import DeviceScalar, HyperParameters
-from host_kernels import BLOCK_THREADS, HostStep, load
+from host_kernels import BLOCK_THREADS, HostStep, load, make_host_runner
 
-from czm_fused.ops import add_relu_noise, exp_scale, step
-from czm_fused.ops.step import entries_from_lists
+from czm_fused.ops import add_relu_noise, exp_scale
+from czm_fused.ops.step import operator, plan
+from czm_fused.ops.step.cuda import _MOST_WORDS
+from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor
+from czm_fused.ops.step.plan import DevicePlan
+from czm_fused.ops.step.spec import DTYPES as DTYPE_NUMBERS
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +33,16 @@ def kernels(build_host_kernels):
 
 @pytest.fixture
 def cuda_step(kernels, monkeypatch):
-    """Puts the host's run of the CUDA step in the place of the backend `reference`."""
+    """Puts the host's run of the CUDA step in the place of the backend `cpu`."""
     monkeypatch.setattr(HostStep, "kernels", kernels, raising=False)
     monkeypatch.setattr(HostStep, "launches", 0)
-    monkeypatch.setattr(step, "_runner", lambda backend, entries: HostStep(entries))
+    monkeypatch.setattr(plan, "make_runner", make_host_runner)
+    monkeypatch.setattr(operator, "_PLANS", [])
     return HostStep
 
 
 def make_step(problems, *scales):
-    run(problems, "reference", *scales)
+    run(problems, "cpu", *scales)
 
 
 def test_both_sides_agree_on_what_a_launch_holds(kernels):
@@ -108,7 +110,7 @@ def test_step_of_many_tensors_is_split_into_few_launches(
         Problem(Case((2, 3, 3), options=options[n if a_group_each else 1]), seed=n % 5)
         for n in range(tensors)
     ]
-    arguments = list(step_arguments(problems, "reference"))
+    arguments = list(step_arguments(problems, "cpu"))
     if not a_group_each:
         arguments[8] = [0, 2] * (tensors // 2)
         arguments[9] = arguments[9][:3]
@@ -124,12 +126,15 @@ def test_hyper_parameters_are_read_where_they_live(cuda_step):
         Problem(Case((5, 17, 3, 3), dtype, options=Options(nesterov=True, luma=0.1)))
         for dtype in DTYPES
     ]
-    arguments = step_arguments(problems, "reference")
-    row = [torch.tensor(value, dtype=torch.float32) for value in arguments[9][0].tolist()]
-    entries = entries_from_lists(arguments[0], *arguments[2:8], [0] * len(problems))
-    hyper = HyperParameters([tuple(DeviceScalar(x.data_ptr(), x) for x in row)])
-    addresses = torch.tensor([grad.data_ptr() for grad in arguments[1]])
-    HostStep(entries)(arguments[1], addresses, hyper, None, None)
+    row = [torch.tensor(value, dtype=torch.float32) for value in problems[0].case.options.row()]
+    hyperparameters = Hyperparameters([[DeviceScalar(x) for x in row]])
+    tensors = [StepTensor.of(problem["param"], problem.case.flags, 0) for problem in problems]
+    device_plan = DevicePlan(tensors, torch.device("cpu"), "cpu")
+    states = [{name: memory.tensor for name, memory in problem.memory.items()}
+              for problem in problems]
+    params, grads = ([problem[name] for problem in problems] for name in ("param", "grad"))
+    inputs = device_plan.read(params, grads, states)
+    device_plan.run(inputs, hyperparameters, None, None)
     for problem in problems:
         # The bounds allow for hyper-parameters rounded to float32, but not in float64.
         if problem.case.dtype != torch.float64:

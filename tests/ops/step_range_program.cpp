@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "descriptors.h"
+#include "update_rule.h"
 
 namespace czm {
 namespace baseline {
@@ -36,10 +37,11 @@ int main() {
   };
   for (int64_t& grad : grads) relocate(grad);
   for (TensorDescriptor& row : rows) {
-    for (int64_t TensorDescriptor::*address : {&TensorDescriptor::param, &TensorDescriptor::momentum_buffer,
-                                        &TensorDescriptor::log_scale,
-                                        &TensorDescriptor::log_scale_momentum_buffer, &TensorDescriptor::step,
-                                        &TensorDescriptor::param_remainder})
+    for (int64_t TensorDescriptor::*address : {&TensorDescriptor::param,
+#define CZM_MEMBER(name) &TensorDescriptor::name,
+                                               CZM_STATES(CZM_MEMBER)
+#undef CZM_MEMBER
+         })
       relocate(row.*address);
   }
   czm::baseline::step_range(rows.data(), grads.data(), header.rows, groups.data(), 1.0, 0,

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from cases import AVAILABLE, OPTION_CASES, OTHER_CASES, SHAPE_CASES, Problem, step_arguments
-from czm_fused.ops.table import COLUMN, build_table
 
-from czm_fused.ops.step import entries_from_lists
+from czm_fused.ops.step import operator
+from czm_fused.ops.step.descriptors import StepTensor, build_descriptors
+from czm_fused.ops.step.spec import FIELD
+from czm_fused.ops.step.tensors import TensorReader
 
-PLAIN_BLOCK = 1000
+BLOCK_NUMEL = 1000
 CASES = [
     case
     for case in SHAPE_CASES[::3] + OPTION_CASES[::7] + OTHER_CASES
@@ -27,11 +29,19 @@ EMULATOR = "qemu-aarch64"
 
 
 def _tables(problems):
+    """Return descriptors, gradients' addresses, hyperparameters, work, and what owns the memory."""
     arguments = step_arguments(problems, "cpu")
-    table, _, work = build_table(entries_from_lists(arguments[0], *arguments[2:9]), PLAIN_BLOCK)
-    grads = torch.tensor([problem["grad"].data_ptr() for problem in problems])
-    # `arguments` holds the memory that the table points to.
-    return table, grads, arguments[9], work, arguments
+    params, grads, *state, all_flags, group_indices, hyperparameters, _, _, _ = arguments
+    tensors = [
+        StepTensor.of(param, flags, index)
+        for param, flags, index in zip(params, all_flags, group_indices, strict=True)
+    ]
+    descriptors, work = build_descriptors(tensors, BLOCK_NUMEL)
+    reader = TensorReader(tensors, descriptors, torch.device("cpu"))
+    words = reader.read(params, grads, operator._states(state, all_flags))
+    words = torch.frombuffer(bytearray(words), dtype=torch.int64)
+    table = words[: -len(params)].view(len(params), -1)
+    return table, words[-len(params) :].clone(), hyperparameters, work, arguments
 
 
 def _step_range(instruction_set):
@@ -103,7 +113,7 @@ def test_step_range_on_aarch64(tmp_path):
     steps = arguments[5]
     blocks = [memory.block for problem in problems for memory in problem.memory.values()] + steps
     image, offset_of = _image(blocks)
-    addresses = table[:, : COLUMN["param_remainder"] + 1]
+    addresses = table[:, : FIELD["param_remainder"] + 1]
     addresses.apply_(offset_of)
     grads.apply_(offset_of)
     header = np.array([len(table), len(groups), work, len(image)])

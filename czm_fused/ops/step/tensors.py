@@ -161,7 +161,7 @@ def native_module() -> ModuleType | None:
 @functools.cache
 def _torch_objects() -> tuple[object, ...]:
     return (
-        torch.Tensor.__dlpack_c_exchange_api__,  # type: ignore[attr-defined]
+        torch.Tensor.__dlpack_c_exchange_api__,
         torch.Tensor,
         torch.nn.Parameter,
         torch.Tensor.is_neg,
@@ -221,7 +221,9 @@ def matching_strides(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -
 
 def is_readable(tensor: Tensor) -> bool:
     """Return True if the tensor's memory holds its values as they are."""
-    return torch.compiler.is_compiling() or not (tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor())
+    if torch.compiler.is_compiling():
+        return True
+    return not (tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor())
 
 
 def has_memory(tensor: Tensor) -> bool:

@@ -7,13 +7,17 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
+import numpy as np
 import torch
-from czm_fused.ops.step.cuda import CudaStep
 from torch import Tensor
+
+from czm_fused.ops.step.cuda import CudaStep
+from czm_fused.ops.step.descriptors import StepTensor
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
@@ -130,6 +134,10 @@ class HostStep(CudaStep):
             0 if found_inf is None else found_inf.data_ptr(),
         )
 
-    @staticmethod
-    def _is_capturing() -> bool:
-        return False
+
+def make_host_runner(
+    backend: str, tensors: Sequence[StepTensor | None], device: torch.device
+) -> tuple[HostStep, np.ndarray]:
+    """Stand in for `czm_fused.ops.step.plan.make_runner`."""
+    step = HostStep(tensors, device)
+    return step, step.descriptors

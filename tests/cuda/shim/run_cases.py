@@ -24,10 +24,10 @@ from cases import (  # noqa: E402
     Problem,
     run,
 )
-from czm_fused.ops.table import COLUMN  # noqa: E402
-from host_kernels import HostStep, load  # noqa: E402
+from host_kernels import HostStep, load, make_host_runner  # noqa: E402
 
-from czm_fused.ops import step  # noqa: E402
+from czm_fused.ops.step import plan  # noqa: E402
+from czm_fused.ops.step.spec import FIELD  # noqa: E402
 
 # Each way through the kernel: a warp a filter, two warps a filter, either through shared memory (in
 # a dtype that lies there otherwise than its sums, and with the spatial mean alone, so that no other
@@ -53,7 +53,7 @@ def in_tight_memory(case: Case) -> Problem:
 
 def check(case: Case) -> None:
     problem = in_tight_memory(case)
-    run([problem], "reference")
+    run([problem], "cpu")
     problem.check()
 
 
@@ -64,7 +64,7 @@ def matrix() -> None:
     for case in [*cases, *PATHS.values()]:
         check(case)
     problems = [in_tight_memory(case) for case in cases[:60]]
-    run(problems, "reference", torch.tensor(2.0), torch.tensor(0.0))
+    run(problems, "cpu", torch.tensor(2.0), torch.tensor(0.0))
     for problem in problems:
         problem.check(2.0)
 
@@ -72,15 +72,19 @@ def matrix() -> None:
 class OverreadingStep(HostStep):
     """Takes filters for one weight larger than they are."""
 
-    def _launch(self, entries, tensors):
-        launch = super()._launch(entries, tensors)
-        launch.table[:, [COLUMN["filter_numel"], COLUMN["numel"]]] += 1
-        return launch
+    def __init__(self, tensors, device):
+        super().__init__(tensors, device)
+        self.descriptors[:, [FIELD["filter_numel"], FIELD["numel"]]] += 1
+
+
+def make_overreading_runner(backend, tensors, device):
+    step = OverreadingStep(tensors, device)
+    return step, step.descriptors
 
 
 def overread() -> None:
-    step._runner = lambda backend, entries: OverreadingStep(entries)
-    run([in_tight_memory(Case((1, 16, 1, 1), options=Options(zmg=0.0)))], "reference")
+    plan.make_runner = make_overreading_runner
+    run([in_tight_memory(Case((1, 16, 1, 1), options=Options(zmg=0.0)))], "cpu")
 
 
 def barriers() -> None:
@@ -95,7 +99,7 @@ def barriers() -> None:
             child = os.fork()
             if child == 0:
                 HostStep.kernels.skip_barrier(number)
-                run([in_tight_memory(case)], "reference")
+                run([in_tight_memory(case)], "cpu")
                 os._exit(0)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             print(f"{name}: without barrier {number}: {'missed' if status == 0 else 'caught'}")
@@ -103,6 +107,6 @@ def barriers() -> None:
 
 if __name__ == "__main__":
     HostStep.kernels = load(Path(sys.argv[1]))
-    step._runner = lambda backend, entries: HostStep(entries)
+    plan.make_runner = make_host_runner
     {"matrix": matrix, "overread": overread, "barriers": barriers}[sys.argv[2]]()
     print("done")
