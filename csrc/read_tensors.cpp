@@ -108,7 +108,7 @@ class Reader {
         !layout.matches(tensor))
       return false;
     *address = reinterpret_cast<int64_t>(tensor.data);
-    if (*address == known || layout.is_empty()) return true;
+    if ((*address && *address == known) || layout.is_empty()) return true;
     return torch_.has_memory(object, tensor) && !torch_.has_negative_bit(object);
   }
 

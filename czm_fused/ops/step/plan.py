@@ -129,11 +129,9 @@ class DevicePlan:
         ):
             if grad is None:
                 continue
-            if tensor is None or (tuple(param.shape), param.stride(), param.dtype) != (
-                tensor.shape,
-                tensor.strides,
-                tensor.dtype,
-            ):
+            if tensor is None:
+                return index
+            if problem_of_param(param, tensor, self.device, by_address=False) is not None:
                 return index
             if problem_of_param(grad, tensor, self.device, by_address=False) is not None:
                 return index
