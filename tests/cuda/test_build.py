@@ -12,7 +12,7 @@ def test_cuda_module_loads_without_a_gpu():
         pytest.skip("the native cuda module is not built")
     # In a process of its own: what it registers stays.
     code = (
-        "import torch, czm_fused._C_cuda, czm_fused.ops.cuda, czm_fused.ops.add_relu_noise\n"
+        "import torch, czm_fused._C_cuda, czm_fused.ops.step.cuda, czm_fused.ops.add_relu_noise\n"
         "import czm_fused.ops.exp_scale\n"
         "for name in ('launch_step_cuda', 'add_relu_noise_native',\n"
         "             'add_relu_noise_backward_native',\n"

@@ -18,13 +18,13 @@ from cases import (
     Options,
     Problem,
     run,
-    step_arguments,
 )
-from czm_fused.ops.table import GROUP_COLUMNS, DeviceScalar, HyperParameters
-from czm_fused.ops.triton.step import TritonStep, _Arguments
 
 from czm_fused import FusedCZMSGD
-from czm_fused.ops.step import entries_from_lists
+from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor
+from czm_fused.ops.step.device_table import DeviceTable
+from czm_fused.ops.step.plan import DevicePlan
+from czm_fused.ops.step.spec import HYPERPARAMETER_NAMES
 
 # A program takes the interpreter a tenth of a second, so every launch takes many cases.
 _MOST_WEIGHTS = 20_000
@@ -103,37 +103,43 @@ def test_filter_of_zeros_has_no_anchor():
     problem.check()
 
 
-def runner(cases):
-    """The runner of the cases' tensors, their problems, and the rows of their groups."""
+def make_step(cases):
+    """Return a step of the cases' tensors, their problems, and the rows of their groups."""
     problems = [Problem(case) for case in cases]
-    params, grads, *state, kinds, groups, rows, _, _, _ = step_arguments(problems, "triton")
-    triton_step = TritonStep(entries_from_lists(params, *state, kinds, groups))
+    tensors = [
+        StepTensor.of(problem["param"], problem.case.flags, index)
+        for index, problem in enumerate(problems)
+    ]
+    plan = DevicePlan(tensors, torch.device("cpu"), "triton")
+    states = [
+        {name: memory.tensor for name, memory in problem.memory.items()} for problem in problems
+    ]
 
-    def step(grads, hyper_parameters):
-        addresses = torch.tensor([grad.data_ptr() for grad in grads])
-        triton_step(grads, addresses, hyper_parameters, None, None)
+    def step(grads, hyperparameters):
+        inputs = plan.read([problem["param"] for problem in problems], grads, states)
+        plan.run(inputs, hyperparameters, None, None)
 
-    return step, problems, grads, rows.tolist()
+    grads = [problem["grad"] for problem in problems]
+    return step, problems, grads, [problem.case.options.row() for problem in problems]
 
 
-def test_hyper_parameters_on_the_device():
+def test_hyperparameters_on_the_device():
     cases = [Case((2, 3, 3, 3)), Case((2, 3, 3, 3), torch.float64), Case((7,), options=PLAIN)]
-    step, problems, grads, rows = runner(cases)
+    step, problems, grads, rows = make_step(cases)
     scalars = [torch.tensor(row, dtype=torch.float32) for row in rows]
     for problem, row in zip(problems, scalars, strict=True):
         # The oracle takes the numbers as float32 has them.
-        values = dict(zip(GROUP_COLUMNS, row.tolist(), strict=True))
+        values = dict(zip(HYPERPARAMETER_NAMES, row.tolist(), strict=True))
         options = {name: values[name] for name in ("lr", "momentum", "zmg", "luma")}
         problem.case = replace(problem.case, options=replace(problem.case.options, **options))
-    on_device = [tuple(DeviceScalar(x.data_ptr(), x) for x in row) for row in scalars]
-    step(grads, HyperParameters(on_device))
+    step(grads, Hyperparameters([[DeviceScalar(x) for x in row] for row in scalars]))
     for problem in problems:
         problem.check()
 
 
 def test_moved_gradients_are_found():
-    step, problems, grads, rows = runner([Case((1, 3, 3, 3)), Case((5,), options=PLAIN)])
-    hyper_parameters = HyperParameters([tuple(row) for row in rows])
+    step, problems, grads, rows = make_step([Case((1, 3, 3, 3)), Case((5,), options=PLAIN)])
+    hyperparameters = Hyperparameters(rows)
     moved = [grad.clone() for grad in grads]
     for where in (grads, moved, grads):
         for other in (*grads, *moved):
@@ -142,20 +148,20 @@ def test_moved_gradients_are_found():
             grad.copy_(torch.linspace(-1, 1, grad.numel()).view(grad.shape))
             problem.remember()
             problem.inputs["grad"] = grad.clone()
-        step(where, hyper_parameters)
+        step(where, hyperparameters)
         for problem in problems:
             problem["grad"].copy_(problem.inputs["grad"])
             problem.check()
 
 
-def test_arguments_are_sent_when_they_changed():
-    arguments = _Arguments(3, torch.device("cpu"))
+def test_tables_are_sent_when_they_changed():
+    table = DeviceTable(3, torch.device("cpu"))
     words = np.array([1, 2, 3])
-    sent = arguments.send(words)
-    version = sent._version
-    assert arguments.send(words.copy()) is sent
-    assert sent._version == version
-    assert arguments.send(words + 1).tolist() == [2, 3, 4]
+    sent = table.send(words)
+    assert table.send(words.copy()) is sent
+    assert table.send(words + 1).tolist() == [2, 3, 4]
+    # A kernel may still read what was sent before.
+    assert sent.tolist() == [1, 2, 3]
 
 
 def test_steps_of_the_same_bits():
