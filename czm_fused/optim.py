@@ -168,12 +168,16 @@ class FusedCZMSGD(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group` does, after checking it whole.
 
+        The group becomes a copy of `param_group`, with tensors of its own for hyperparameters, so
+        that neither other groups nor the caller's values change with it.
+
         Raises:
             ValueError: a hyperparameter out of its range, or parameters on several devices.
             TypeError: a parameter that is not real floating point.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        param_group = dict(param_group)
         names_filters = "luma" in param_group or "exp_scale" in param_group
         param_group.setdefault("min_filter_dim", 2 if names_filters else 3)
         param_group.setdefault("max_filter_dim", None)
@@ -186,7 +190,11 @@ class FusedCZMSGD(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        _make_capturable(self.param_groups[-1])
+        group = self.param_groups[-1]
+        for name in HYPERPARAMETER_NAMES:
+            if isinstance(group[name], Tensor):
+                group[name] = group[name].detach().clone()
+        _make_capturable(group)
         self._plans.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -470,6 +478,11 @@ def _restore_state(state: dict[str, Any] | None, saved: dict[str, Any], param: T
 def _check_params(group: dict[str, Any]) -> None:
     params: list[Tensor] = group["params"]
     for number, param in enumerate(params):
+        if getattr(param, "_fsdp_flattened", False) or hasattr(param, "_is_flat_param"):
+            raise TypeError(
+                f"parameter {number} is flattened by FullyShardedDataParallel, which hides its "
+                "filters; use torch.distributed.fsdp.fully_shard instead"
+            )
         if param.dtype not in DTYPES:
             raise TypeError(
                 f"parameter {number} is {param.dtype}; FusedCZMSGD takes "

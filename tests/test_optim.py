@@ -187,7 +187,7 @@ def test_lr_may_be_a_tensor(dtype):
     by_float = FusedCZMSGD(twin.parameters(), lr=0.25, momentum=0.9)
     train(model, optimizer, 2)
     train(twin, by_float, 2)
-    lr.fill_(0.125)
+    optimizer.param_groups[0]["lr"].fill_(0.125)
     by_float.param_groups[0]["lr"] = 0.125
     train(model, optimizer, 2, begin=2)
     train(twin, by_float, 2, begin=2)

@@ -148,3 +148,53 @@ def test_no_device_is_updated_if_another_has_a_bad_gradient():
     with pytest.raises(RuntimeError, match="gradient of parameter 1 is torch.float64"):
         optimizer.step()
     assert_equal(here.detach(), torch.ones(3))
+
+
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="this torch has no gloo",
+)
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.parametrize("wraps_first", [True, False])
+def test_flattened_parameters_are_refused(use_orig_params, wraps_first, tmp_path):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model = nn.Conv2d(3, 4, 3)
+        optimizer = None if wraps_first else FusedCZMSGD(model.parameters(), lr=0.1)
+        device = torch.device("cpu")
+        wrapped = FullyShardedDataParallel(
+            model, use_orig_params=use_orig_params, device_id=device
+        )
+        if wraps_first:
+            with pytest.raises(TypeError, match="fully_shard"):
+                FusedCZMSGD(wrapped.parameters(), lr=0.1)
+        elif use_orig_params:
+            wrapped(torch.ones(1, 3, 8, 8)).sum().backward()
+            with pytest.raises(TypeError, match="fully_shard"):
+                optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_tensors_of_groups_are_their_own():
+    lr = torch.tensor(0.4)
+    groups = [{"params": [nn.Parameter(torch.ones(3))]} for _ in range(2)]
+    optimizer = FusedCZMSGD(groups, lr=lr)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda n: 0.1, lambda n: 0.5])
+    for group in optimizer.param_groups:
+        group["params"][0].grad = torch.ones(3)
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"].item() for group in optimizer.param_groups] == pytest.approx([0.04, 0.2])
+    assert lr.item() == pytest.approx(0.4)
+
+
+def test_groups_can_be_used_again():
+    groups = [{"params": [nn.Parameter(torch.ones(3))]}]
+    rates = [FusedCZMSGD(groups, lr=lr).param_groups[0]["lr"] for lr in (0.4, 0.2, 0.1)]
+    assert rates == [0.4, 0.2, 0.1]
+    assert set(groups[0]) == {"params"}

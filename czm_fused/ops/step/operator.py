@@ -11,7 +11,12 @@ from torch import Tensor
 
 from czm_fused.ops import backends
 from czm_fused.ops.registry import lib
-from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor
+from czm_fused.ops.step.descriptors import (
+    DeviceScalar,
+    Hyperparameters,
+    StepTensor,
+    has_supported_strides,
+)
 from czm_fused.ops.step.plan import DevicePlan
 from czm_fused.ops.step.spec import HYPERPARAMETER_NAMES, STATES, StepFlag
 from czm_fused.ops.step.tensors import StepInputs, check_grads, has_state, problem_of_state
@@ -124,9 +129,13 @@ def _check_states(
     states: Sequence[dict[str, Tensor]], tensors: Sequence[StepTensor], device: torch.device
 ) -> None:
     for number, (state, tensor) in enumerate(zip(states, tensors, strict=True)):
+        # State like a parameter with gaps is dense; only the reference steps such parameters.
+        is_dense = has_supported_strides(tensor.shape, tensor.strides, tensor.flags)
         for spec in STATES:
             if has_state(tensor, spec):
-                problem = problem_of_state(state[spec.name], spec, tensor, device)
+                problem = problem_of_state(
+                    state[spec.name], spec, tensor, device, by_address=is_dense
+                )
                 if problem is not None:
                     raise ValueError(f"the {spec.name} of parameter {number} {problem}")
 

@@ -129,7 +129,8 @@ class DevicePlan:
         ):
             if grad is None:
                 continue
-            if tensor is None:
+            # State follows the layout of its parameter, here too.
+            if tensor is None or param.stride() != tensor.strides:
                 return index
             if problem_of_param(param, tensor, self.device, by_address=False) is not None:
                 return index
@@ -207,6 +208,11 @@ class StepPlan:
         ):
             tensor = StepTensor.of(ours[number], flags, index)
             if grad is not None:
+                if getattr(param, "_fsdp_flattened", False):
+                    raise TypeError(
+                        f"parameter {number} is flattened by FullyShardedDataParallel, which hides "
+                        "its filters; use torch.distributed.fsdp.fully_shard instead"
+                    )
                 sharding.check_placements(number, param, bool(flags & FILTER_FLAGS))
                 if not has_memory(ours[number]):
                     raise ValueError(
