@@ -118,13 +118,18 @@ def _is_depthwise(convolution: nn.Conv2d) -> bool:
     return convolution.groups == convolution.in_channels > 1
 
 
+def _channels_last(model: Any) -> nn.Module:
+    converted: nn.Module = model.to(memory_format=torch.channels_last)
+    return converted
+
+
 def build(s: Settings, example: Tensor) -> nn.Module:
     """Build the network of `s`, converted unless its method is "bn"; `example` is a batch."""
     torch.manual_seed(s.seed)
     model = NETWORKS[s.network]()
     if s.method == "bn":
-        return model.to(memory_format=torch.channels_last)
-    options = {"noise": s.noise} if s.noise else {}
+        return _channels_last(model)
+    options: dict[str, Any] = {"noise": s.noise} if s.noise else {}
     converted: Any = convert(model, example_input=example[:16], gain=s.gain, **options)
     model = converted[0] if isinstance(converted, tuple) else converted
     if not s.depthwise_zero_mean:
@@ -136,7 +141,7 @@ def build(s: Settings, example: Tensor) -> nn.Module:
                     module.weight.mul_(_by_filter(s.gain / norms, module.weight))
     if s.start == "calibrated":
         calibrate_(model, example, target=s.target, branch=s.branch, center=s.center)
-    return model.to(memory_format=torch.channels_last)
+    return _channels_last(model)
 
 
 def groups_of(model: nn.Module, s: Settings) -> list[dict[str, Any]]:
