@@ -34,6 +34,7 @@ from torch import Tensor
 
 from czm_fused.ops.backends import choose
 from czm_fused.ops.step import reference
+from czm_fused.ops.step.spec import compute_dtype
 
 TIMED = Settings(lr=1e-6, luma=5e-4)
 """The learning rate keeps weights where they are for thousands of steps on the same gradients."""
@@ -227,7 +228,7 @@ def tolerance(weight: Tensor, expected: Tensor) -> float:
     momentum enters every later update.
     """
     stored = torch.finfo(weight.dtype).eps / 2
-    arithmetic = torch.finfo(reference.compute_dtype(weight.dtype)).eps / 2
+    arithmetic = torch.finfo(compute_dtype(weight.dtype)).eps / 2
     sums = math.sqrt(math.prod(weight.shape[1:])) if weight.dim() > 2 else 0.0
     step_error = _STORED_ROUNDINGS * stored + (_ARITHMETIC_ROUNDINGS + sums) * arithmetic
     largest = expected.abs().max() + CHECKED_STEPS * (expected - weight).abs().max()

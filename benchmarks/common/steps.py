@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from czm_fused import FusedCZMSGD, reference
+from czm_fused import FusedCZMSGD
 from czm_fused.ops import backends
+from czm_fused.ops.step import reference
 
 
 @dataclass(frozen=True)

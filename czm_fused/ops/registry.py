@@ -110,20 +110,20 @@ class Operator:
         """
         operator = self._operator
 
-        class Differentiable(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *args: Tensor | None) -> Any:
-                with torch._C._AutoDispatchBelowAutograd():
-                    result = operator(*args)
-                ctx.save_for_backward(*save(args, result))
-                return result
+        def forward(ctx: Any, *args: Tensor | None) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                result = operator(*args)
+            ctx.save_for_backward(*save(args, result))
+            return result
 
-            @staticmethod
-            def backward(ctx: Any, *grads: Tensor) -> Any:
-                return backward(ctx.needs_input_grad, ctx.saved_tensors, *grads)
+        def call_backward(ctx: Any, *grads: Tensor) -> Any:
+            return backward(ctx.needs_input_grad, ctx.saved_tensors, *grads)
 
-        self._differentiable = Differentiable.apply
-        lib.impl(self.name, Differentiable.apply, "Autograd")
+        # Named after the operator, as its node is in the graph of autograd.
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(call_backward)}
+        function: Any = type(self.name, (torch.autograd.Function,), methods)
+        self._differentiable = function.apply
+        lib.impl(self.name, function.apply, "Autograd")
 
 
 def _to_meta(tensor: Tensor | None) -> Tensor | None:
