@@ -46,7 +46,7 @@ class FusedCZMSGD(Optimizer):
 
     Every filter `W[f]` of a weight with three or more dimensions is `exp(g[f]) * V[f]`; the step
     updates `V` and `g` without `V` ever existing (paper §3.1), with zero-mean gradients (CZMG,
-    §3.3) and unit-magnitude anchoring (LUMA, §3.4). For each filter, with `s = exp(g)`::
+    §3.3) and unit-magnitude anchoring (LUMA, §3.4). For each filter, with `s = exp(g)`:
 
         n    = ‖W‖ / s
         dV   = s * dW + 2 * luma * (n - 1) / n * W / s
@@ -72,14 +72,14 @@ class FusedCZMSGD(Optimizer):
         zmg: the share of each gradient slice's spatial mean that is removed, in [0, 1]. 0 turns
             it off, 1 keeps filters on the isocline. Default 0.85.
         luma: strength of the pull of `‖V[f]‖` to 1. Default 5e-4.
-        exp_scale: whether filters are exp-scaled. Default True.
+        exp_scale: exp-scale the filters. Default True.
         maximize: ascend instead of descend. Default False.
         backend: `"auto"`, `"cpu"`, `"cuda"`, `"triton"` or `"reference"`; `"auto"` obeys the
             environment variable `CZM_FUSED_BACKEND` and else takes the fastest that can run.
-        master_weights: whether bfloat16 and float16 weights keep their float32 values: the step is
+        master_weights: keep the float32 values of bfloat16 and float16 weights: the step is
             taken with these and the parameter is their rounding, so that steps smaller than its
             precision add up. Costs 2 bytes a weight; other dtypes are not affected. Default False.
-        capturable: whether the learning rate is kept as a float32 tensor on the parameters' device,
+        capturable: keep the learning rate as a float32 tensor on the parameters' device,
             which a CUDA graph reads at every replay and a compiled step without compiling anew;
             schedulers update it in place. Default False. Any hyperparameter can be given as such.
         differentiable: accepted for `torch.optim.SGD`'s sake; False.
@@ -93,8 +93,8 @@ class FusedCZMSGD(Optimizer):
     exp_scale, master_weights` and `capturable`. The rows of a 2-d weight are filters only in a
     group that itself sets `luma` or `exp_scale` (its key `min_filter_dim` is then 2, else 3;
     `max_filter_dim` bounds them above).
-    A bare `model.parameters()` tells no transposed convolutions: their weights have three or more
-    dimensions and count as filters, so use `czm_param_groups` where there are any.
+    With a bare `model.parameters()`, weights of transposed convolutions are treated as filters, because
+    they cannot be told apart; use `czm_param_groups` where there are any.
 
     State of a parameter: `momentum_buffer`, of its shape, dtype and layout; for exp-scaled filters
     `log_scale` (`g`) and `log_scale_momentum_buffer`, `(out_channels,)`, float32 (float64 for
