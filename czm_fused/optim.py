@@ -93,8 +93,8 @@ class FusedCZMSGD(Optimizer):
     exp_scale, master_weights` and `capturable`. The rows of a 2-d weight are filters only in a
     group that itself sets `luma` or `exp_scale` (its key `min_filter_dim` is then 2, else 3;
     `max_filter_dim` bounds them above).
-    With a bare `model.parameters()`, weights of transposed convolutions are treated as filters, because
-    they cannot be told apart; use `czm_param_groups` where there are any.
+    With a bare `model.parameters()`, weights of transposed convolutions are treated as filters,
+    because they cannot be told apart; use `czm_param_groups` where there are any.
 
     State of a parameter: `momentum_buffer`, of its shape, dtype and layout; for exp-scaled filters
     `log_scale` (`g`) and `log_scale_momentum_buffer`, `(out_channels,)`, float32 (float64 for

@@ -115,7 +115,7 @@ class Config:
     zmg: float | None = None
     """Share of a gradient's spatial mean to remove, 0 to 1."""
     luma: float | None = None
-    """Strength of the anchor that holds filters at unit magnitude (L2 unity-magnitude anchoring)."""
+    """Strength of L2 unity-magnitude anchoring, which holds filters at unit magnitude."""
     classifier_luma: float | None = None
     """The same for the rows of the classifier (default: --luma)."""
     noise: float | None = None
