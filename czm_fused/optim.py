@@ -478,11 +478,7 @@ def _restore_state(state: dict[str, Any] | None, saved: dict[str, Any], param: T
 def _check_params(group: dict[str, Any]) -> None:
     params: list[Tensor] = group["params"]
     for number, param in enumerate(params):
-        if getattr(param, "_fsdp_flattened", False) or hasattr(param, "_is_flat_param"):
-            raise TypeError(
-                f"parameter {number} is flattened by FullyShardedDataParallel, which hides its "
-                "filters; use torch.distributed.fsdp.fully_shard instead"
-            )
+        sharding.check_not_flattened(number, param)
         if param.dtype not in DTYPES:
             raise TypeError(
                 f"parameter {number} is {param.dtype}; FusedCZMSGD takes "

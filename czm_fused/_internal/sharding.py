@@ -44,6 +44,19 @@ def local(tensor: Tensor) -> Tensor:
     return part.wait() if hasattr(part, "wait") else part
 
 
+def check_not_flattened(number: int, param: Tensor) -> None:
+    """Check that parameter `number` has its filters.
+
+    Raises:
+        TypeError: FullyShardedDataParallel has flattened it.
+    """
+    if getattr(param, "_fsdp_flattened", False) or hasattr(param, "_is_flat_param"):
+        raise TypeError(
+            f"parameter {number} is flattened by FullyShardedDataParallel, which hides its "
+            "filters; use torch.distributed.fsdp.fully_shard instead"
+        )
+
+
 def check_placements(number: int, param: Tensor, has_filters: bool) -> None:
     """Check that a rank can step its part of parameter `number` alone.
 

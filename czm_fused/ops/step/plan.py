@@ -208,11 +208,7 @@ class StepPlan:
         ):
             tensor = StepTensor.of(ours[number], flags, index)
             if grad is not None:
-                if getattr(param, "_fsdp_flattened", False):
-                    raise TypeError(
-                        f"parameter {number} is flattened by FullyShardedDataParallel, which hides "
-                        "its filters; use torch.distributed.fsdp.fully_shard instead"
-                    )
+                sharding.check_not_flattened(number, param)
                 sharding.check_placements(number, param, bool(flags & FILTER_FLAGS))
                 if not has_memory(ours[number]):
                     raise ValueError(
