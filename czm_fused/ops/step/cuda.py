@@ -13,7 +13,7 @@ from torch import Tensor
 from czm_fused.ops.registry import lib
 from czm_fused.ops.step.descriptors import Hyperparameters, StepTensor, build_descriptors
 from czm_fused.ops.step.device_table import DeviceTable
-from czm_fused.ops.step.spec import DESCRIPTOR_FIELDS, DTYPES, FIELD, HYPERPARAMETER_NAMES
+from czm_fused.ops.step.spec import DTYPES, FIELD, HYPERPARAMETER_NAMES
 from czm_fused.ops.step.tensors import StepInputs
 
 # It takes addresses, so it has no place in a compiled graph.
@@ -94,11 +94,8 @@ class CudaStep:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        assert inputs.addresses is not None
-        count = len(self.descriptors)
-        words = np.frombuffer(inputs.addresses, dtype=np.int64)
-        descriptors = words[:-count].reshape(count, len(DESCRIPTOR_FIELDS))
-        grads = torch.from_numpy(words[-count:].copy())
+        descriptors, grad_addresses = inputs.tables()
+        grads = torch.from_numpy(grad_addresses.copy())
         for launch in self._launches:
             rows = descriptors[launch.tensors].copy()
             rows[:, FIELD["group"]] = launch.group_indices

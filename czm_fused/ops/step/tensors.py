@@ -52,6 +52,13 @@ class StepInputs(NamedTuple):
     states: Sequence[ParamState | None]
     addresses: bytes | None
 
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the descriptors, `(tensors, fields)`, and the addresses of the gradients."""
+        assert self.addresses is not None
+        count = len(self.params)
+        words = np.frombuffer(self.addresses, dtype=np.int64)
+        return words[:-count].reshape(count, len(DESCRIPTOR_FIELDS)), words[-count:]
+
 
 class TensorReader:
     """Checks the tensors of each step against the layouts of a plan, and returns their addresses.

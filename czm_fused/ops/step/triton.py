@@ -60,12 +60,9 @@ class TritonStep:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        assert inputs.addresses is not None
-        count = len(self.descriptors)
-        words = np.frombuffer(inputs.addresses, dtype=np.int64)
-        descriptors = words[:-count].reshape(count, len(DESCRIPTOR_FIELDS))
+        descriptors, grads = inputs.tables()
         for launch in self._launches:
-            launch(descriptors, words[-count:], hyperparameters, grad_scale, found_inf)
+            launch(descriptors, grads, hyperparameters, grad_scale, found_inf)
 
 
 class _Launch:
