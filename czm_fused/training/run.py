@@ -228,8 +228,12 @@ def prepare_folder(config: ResolvedConfig, may_replace: bool) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold the folder of a run, which is created; the lock ends with the process.
+
+    Args:
+        folder: a process that holds it may hold it again.
+        wait: for another process that holds it.
 
     Raises:
         TrainingError: another process holds it, or it cannot be created.
@@ -238,8 +242,8 @@ def locked(folder: Path) -> Iterator[None]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / LOCK, is_singleton=True)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout as error:
         raise TrainingError(
             f"another process trains in --out {folder}: wait for it, or choose another --out"

@@ -223,7 +223,9 @@ def test_three_workers_one_killed_finish_every_run_once(tmp_path):
             time.sleep(0.02)
         workers[0].send_signal(signal.SIGKILL)
         for worker in workers[1:]:
-            assert worker.wait(timeout=600) == 0
+            assert worker.wait(timeout=600) == 0, (tmp_path / "1.log").read_text() + (
+                tmp_path / "2.log"
+            ).read_text()
     finally:
         for worker in workers:
             worker.kill()

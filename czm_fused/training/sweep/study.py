@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from .. import checkpoint, distributed
 from ..config import ResolvedConfig, check_resumed, from_saved
 from ..errors import TrainingError, require
-from ..run import LOCK, SUMMARY, OnEpoch, TrainingResult, pick_device, prepare_folder, run
+from ..run import (
+    SUMMARY,
+    OnEpoch,
+    TrainingResult,
+    locked,
+    pick_device,
+    prepare_folder,
+    run,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -158,15 +166,24 @@ def work(
     import optuna
 
     reasons: list[str] = []
+    has_lost_trial = False
 
     def objective(trial: optuna.Trial) -> float:
+        nonlocal has_lost_trial
+        has_lost_trial = False
         try:
-            return train(trial)
+            value = train(trial)
+            has_lost_trial = True  # if optuna refuses the value
+            return value
         except PassedOver as error:
+            has_lost_trial = True
             if str(error):
                 reasons.append(str(error))
                 print(f"passed over: {error}", flush=True)
             raise
+        except optuna.exceptions.UpdateFinishedTrialError as error:
+            has_lost_trial = True
+            raise PassedOver from error
         except KeyboardInterrupt:
             enqueue_again(study, study.trials[trial.number])
             raise
@@ -176,7 +193,13 @@ def work(
         optuna.storages.fail_stale_trials(study)
         if is_open():
             told = False
-            study.optimize(objective, n_trials=1, catch=(PassedOver,))
+            try:
+                study.optimize(objective, n_trials=1, catch=(PassedOver,))
+            except ValueError:
+                # Counted as dead, for instance while suspended: whoever retries the trial resumes
+                # its checkpoint, or finds the run complete.
+                if not has_lost_trial:
+                    raise
             continue
         running = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
         if not running:
@@ -203,28 +226,20 @@ def train_or_resume(
         DivergedError: the loss is not finite.
     """
     folder = Path(config.out)
-    _wait_for(folder)
-    resumed = None
-    if (folder / checkpoint.FILE_NAME).exists():
-        try:
-            resumed = checkpoint.load(folder)
-            check_resumed(config, from_saved(resumed.get("config")))
-            begun, here = resumed["trainer"]["device_type"], pick_device(config.device).type
-        except (TrainingError, LookupError, TypeError) as error:
-            raise PassedOver(f"{folder}: {error}") from error
-        if (folder / SUMMARY).exists():
-            summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
-            return summary
-        if begun != here:
-            raise PassedOver(f"{folder}: begun on {begun}, and this worker trains on {here}")
-    prepare_folder(config, may_replace=resumed is not None)
-    return run(config, resumed=resumed, on_epoch=on_epoch)
-
-
-def _wait_for(folder: Path) -> None:
-    """Wait for a worker that counted as dead, for instance while suspended, and trains on."""
-    from filelock import FileLock
-
-    if (folder / LOCK).exists():
-        with FileLock(folder / LOCK):
-            pass
+    # A worker that counted as dead may train on: until it has noticed, it holds the lock.
+    with locked(folder, wait=True):
+        resumed = None
+        if (folder / checkpoint.FILE_NAME).exists():
+            try:
+                resumed = checkpoint.load(folder)
+                check_resumed(config, from_saved(resumed.get("config")))
+                begun, here = resumed["trainer"]["device_type"], pick_device(config.device).type
+            except (TrainingError, LookupError, TypeError) as error:
+                raise PassedOver(f"{folder}: {error}") from error
+            if (folder / SUMMARY).exists():
+                summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+                return summary
+            if begun != here:
+                raise PassedOver(f"{folder}: begun on {begun}, and this worker trains on {here}")
+        prepare_folder(config, may_replace=resumed is not None)
+        return run(config, resumed=resumed, on_epoch=on_epoch)
