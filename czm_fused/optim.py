@@ -11,24 +11,26 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from czm_fused._internal import sharding
+from czm_fused._internal.parameters import check_params
 from czm_fused.ops import backends
 from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor, scalar
 from czm_fused.ops.step.operator import state_lists
 from czm_fused.ops.step.plan import StepPlan, split
 from czm_fused.ops.step.spec import (
-    DTYPES,
     FILTER_FLAGS,
     HYPERPARAMETER_NAMES,
     HYPERPARAMETERS,
     OPTIONS,
-    STATES,
-    Shape,
     StepFlag,
 )
-from czm_fused.ops.step.state import check_hyperparameters, fit_state, flags_of, init_state
+from czm_fused.ops.step.state import (
+    check_hyperparameters,
+    flags_of,
+    init_state,
+    restore_state,
+)
 from czm_fused.ops.step.tensors import ParamState, StepInputs
 
 _params_of = operator.itemgetter("params")
@@ -84,7 +86,10 @@ class FusedCZMSGD(Optimizer):
             schedulers update it in place. Default False. Any hyperparameter can be given as such.
         differentiable: accepted for `torch.optim.SGD`'s sake; False.
         foreach: accepted for `torch.optim.SGD`'s sake; None or False.
-        fused: accepted for `torch.optim.SGD`'s sake; None or True.
+        fused: True makes the step divide by a GradScaler's scale, and skip what is not finite, on
+            the device, as `torch.optim.SGD(fused=True)` does. None or False leave both to the
+            GradScaler, so that Lightning can clip and Accelerate sees which steps were skipped.
+            The step is fused in any case. Default None.
 
     Parameters may be DTensors, as `fully_shard` makes them: split along dimension 0 or not at all
     where they are filters, anyhow else. Each rank steps its part, and nothing is communicated.
@@ -108,7 +113,8 @@ class FusedCZMSGD(Optimizer):
         RuntimeError: a backend asked for by name that cannot run; a sparse gradient.
     """
 
-    _step_supports_amp_scaling = True
+    # As torch.optim names it: a GradScaler hands its scale to `step` where this is True.
+    _step_supports_amp_scaling: bool
     # What a plan depends on beside layouts, and the plan; no plan holds a tensor or an address.
     _plans: dict[tuple[Any, ...], StepPlan]
     _converted: _Converted | None = None
@@ -133,8 +139,6 @@ class FusedCZMSGD(Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        if fused is False:
-            raise ValueError("fused=False: FusedCZMSGD is fused; use backend='reference' instead")
         if foreach:
             raise ValueError("foreach=True: FusedCZMSGD is fused, which is faster; leave it out")
         if differentiable:
@@ -147,6 +151,7 @@ class FusedCZMSGD(Optimizer):
                 f"backend must be one of auto, {', '.join(backends.BACKENDS)}, but was {backend!r}"
             )
         self.backend = backend
+        self._step_supports_amp_scaling = bool(fused)
         self._plans = {}
         defaults = {
             "lr": lr,
@@ -184,7 +189,7 @@ class FusedCZMSGD(Optimizer):
         check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
-            _check_params(self.param_groups[-1])
+            check_params(self.param_groups[-1])
             for device in {p.device for p in self.param_groups[-1]["params"]}:
                 backends.choose(device, self.backend)
         except Exception:
@@ -198,7 +203,11 @@ class FusedCZMSGD(Optimizer):
         self._plans.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend}
+        return {
+            **super().__getstate__(),
+            "backend": self.backend,
+            "_step_supports_amp_scaling": self._step_supports_amp_scaling,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -239,7 +248,7 @@ class FusedCZMSGD(Optimizer):
                         group[name] = old[name]
                 _make_capturable(group)
                 for number, param in zip(saved["params"], group["params"], strict=True):
-                    _restore_state(
+                    restore_state(
                         optimizer.state.get(param), loaded["state"].get(number, {}), param
                     )
 
@@ -456,45 +465,3 @@ def _make_capturable(group: dict[str, Any]) -> None:
         lr = group["lr"]
         if not isinstance(lr, Tensor) or lr.device != device:
             group["lr"] = torch.as_tensor(lr, dtype=torch.float32).to(device)
-
-
-def _restore_state(state: dict[str, Any] | None, saved: dict[str, Any], param: Tensor) -> None:
-    """Undo the cast of all state to the parameter's dtype, and give it the parameter's layout."""
-    if state is None:
-        return
-    if state.get("momentum_buffer") is None:
-        state.pop("momentum_buffer", None)
-    for spec in STATES:
-        # The momentum that torch has cast is right; all other state is taken as it was saved.
-        value = state.get(spec.name) if spec.dtype is None else saved.get(spec.name)
-        if spec.shape is Shape.SCALAR or not isinstance(value, Tensor):
-            continue
-        if spec.shape is Shape.PARAM and value.shape != param.shape:
-            # The next step refuses it; until then it can be deleted.
-            continue
-        state[spec.name] = fit_state(spec, value, param)
-
-
-def _check_params(group: dict[str, Any]) -> None:
-    params: list[Tensor] = group["params"]
-    for number, param in enumerate(params):
-        sharding.check_not_flattened(number, param)
-        if param.dtype not in DTYPES:
-            raise TypeError(
-                f"parameter {number} is {param.dtype}; FusedCZMSGD takes "
-                f"{', '.join(str(dtype) for dtype in DTYPES)}"
-            )
-        if is_traceable_wrapper_subclass(sharding.local(param)):
-            raise TypeError(
-                f"parameter {number} is a {type(sharding.local(param)).__name__}; FusedCZMSGD "
-                "takes plain tensors, and DTensors of them"
-            )
-        if param.layout != torch.strided:
-            raise TypeError(f"parameter {number} is {param.layout}; FusedCZMSGD takes dense ones")
-        sharding.check_placements(number, param, bool(flags_of(param, group) & FILTER_FLAGS))
-    devices = sorted({str(param.device) for param in params})
-    if len(devices) > 1:
-        raise ValueError(
-            f"a parameter group must be on one device, but has {', '.join(devices)}; "
-            "make one group for each"
-        )

@@ -180,11 +180,12 @@ def test_a_dictionary_of_another_network_is_refused():
     assert_equal(state_of(optimizer), before)
 
 
-def test_copies_keep_their_backend_and_amp_contract():
-    optimizer = FusedCZMSGD(network().parameters(), **CZM, backend="reference")
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_copies_keep_their_backend_and_amp_contract(fused):
+    optimizer = FusedCZMSGD(network().parameters(), **CZM, backend="reference", fused=fused)
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert other.backend == "reference"
-        assert other._step_supports_amp_scaling
+        assert other._step_supports_amp_scaling is (fused is True)
         assert other.param_groups[0]["zmg"] == 0.85
 
 
@@ -199,10 +200,11 @@ def scaled_backward(model, scaler, seed, infinite=False):
 
 
 @on_every_backend
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("options", [{}, {"dampening": 0.5}, {"nesterov": True}])
-def test_grad_scaler_skips_without_a_trace(options, backend):
+def test_grad_scaler_skips_without_a_trace(options, fused, backend):
     model, twin = network(), network()
-    optimizer = FusedCZMSGD(model.parameters(), **CZM, **options, backend=backend)
+    optimizer = FusedCZMSGD(model.parameters(), **CZM, **options, backend=backend, fused=fused)
     plain = FusedCZMSGD(twin.parameters(), **CZM, **options, backend=backend)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     # The first step, and a later one, meet an infinity.
@@ -223,9 +225,10 @@ def test_grad_scaler_skips_without_a_trace(options, backend):
 
 
 @on_every_backend
-def test_grad_scaler_with_unscaling_and_clipping(backend):
+@pytest.mark.parametrize("fused", [None, True])
+def test_grad_scaler_with_unscaling_and_clipping(fused, backend):
     model, twin = network(), network()
-    optimizer = FusedCZMSGD(model.parameters(), **CZM, backend=backend)
+    optimizer = FusedCZMSGD(model.parameters(), **CZM, backend=backend, fused=fused)
     plain = FusedCZMSGD(twin.parameters(), **CZM, backend=backend)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for seed, infinite in enumerate((True, False, False)):

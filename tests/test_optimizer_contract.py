@@ -75,7 +75,6 @@ def error_inputs(device, dtype):
         ({"nesterov": True}, ValueError, "nesterov needs momentum > 0"),
         ({"zmg": 2.0}, ValueError, r"zmg must be in \[0, 1\], but was 2.0"),
         ({"foreach": True}, ValueError, "foreach=True: FusedCZMSGD is fused"),
-        ({"fused": False}, ValueError, "fused=False: FusedCZMSGD is fused; use backend="),
         ({"differentiable": True}, ValueError, r"use exp_scale\(conv\) with torch.optim.SGD"),
     ):
         inputs.append(

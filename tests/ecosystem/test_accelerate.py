@@ -66,3 +66,21 @@ def test_training_goes_on_from_a_saved_state(prepare, tmp_path):
     accelerator.load_state(tmp_path)
     epoch(accelerator, model, *rest)
     assert_same(model.state_dict(), expected)
+
+
+def test_an_overflow_reads_as_a_skipped_step(prepare):
+    """And the learning-rate schedule does not advance."""
+    prepare()
+    model = network()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(optimizer_of(model), scaler=scaler)
+    for infinite in (False, True, False):
+        before = [p.detach().clone() for p in model.parameters()]
+        images, labels = task()
+        loss = F.cross_entropy(model(images), labels)
+        scaler.scale(loss * float("inf") if infinite else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.step_was_skipped is infinite
+        same = [torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+        assert all(same) if infinite else not any(same)

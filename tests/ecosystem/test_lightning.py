@@ -6,6 +6,8 @@ from short_training import BATCH, assert_same, batches, loss_of, network, optimi
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from czm_fused import FusedCZMSGD
+
 lightning = pytest.importorskip("lightning")
 
 # Lightning asks for as many workers as the machine has cores, and for its newer self.
@@ -13,16 +15,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Module(lightning.LightningModule):
-    def __init__(self):
+    def __init__(self, make_optimizer=optimizer_of):
         super().__init__()
         self.network = network()
+        self.make_optimizer = make_optimizer
 
     def training_step(self, batch, _):
         images, labels = batch
         return F.cross_entropy(self.network(images), labels)
 
     def configure_optimizers(self):
-        optimizer = optimizer_of(self.network)
+        optimizer = self.make_optimizer(self.network)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -89,3 +92,40 @@ def test_fit_learns(fit, options):
     module = Module()
     fit(module, 8, **options)
     assert loss_of(module.float().network) < 0.6 * loss_of(network())
+
+
+def mixed(precision):
+    """Return the plugin; on CPUs Lightning takes bfloat16 where it is asked for half by name."""
+    return [lightning.pytorch.plugins.MixedPrecision(precision, "cpu")]
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": False}], ids=["default", "unfused"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_gradients_are_clipped_in_mixed_precision(fit, precision, options):
+    """A step is no longer than the norm to which its gradient is clipped."""
+
+    def plain_sgd(model):
+        off = {"exp_scale": False, "zmg": 0.0, "luma": 0.0}
+        return FusedCZMSGD(model.parameters(), lr=1.0, **off, **options)
+
+    moved = []
+    for clip in (1e-3, None):
+        module = Module(plain_sgd)
+        before = [p.detach().clone() for p in module.network.parameters()]
+        fit(
+            module, 1, plugins=mixed(precision), gradient_clip_val=clip, limit_train_batches=1
+        )
+        after = module.network.parameters()
+        squares = [(p - q).square().sum() for p, q in zip(after, before, strict=True)]
+        moved.append(sum(squares).sqrt().item())
+    assert moved[0] == pytest.approx(1e-3, rel=1e-2) and moved[1] > 2e-3
+
+
+def test_an_overflow_in_half_precision_skips_the_step(fit):
+    class Overflowing(Module):
+        def training_step(self, batch, number):
+            return super().training_step(batch, number) * float("inf")
+
+    module = Overflowing()
+    fit(module, 1, plugins=mixed("16-mixed"), gradient_clip_val=0.5)
+    assert_same(module.network.state_dict(), network().state_dict())

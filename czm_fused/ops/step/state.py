@@ -146,3 +146,20 @@ def fit_state(spec: State, value: Any, param: Tensor) -> Tensor:
     if spec.shape is Shape.PARAM:
         return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
     return value.to(device=param.device, dtype=dtype).resolve_neg().contiguous()
+
+
+def restore_state(state: dict[str, Any] | None, saved: dict[str, Any], param: Tensor) -> None:
+    """Undo the cast of all state to the parameter's dtype, and give it the parameter's layout."""
+    if state is None:
+        return
+    if state.get("momentum_buffer") is None:
+        state.pop("momentum_buffer", None)
+    for spec in STATES:
+        # The momentum that torch has cast is right; all other state is taken as it was saved.
+        value = state.get(spec.name) if spec.dtype is None else saved.get(spec.name)
+        if spec.shape is Shape.SCALAR or not isinstance(value, Tensor):
+            continue
+        if spec.shape is Shape.PARAM and value.shape != param.shape:
+            # The next step refuses it; until then it can be deleted.
+            continue
+        state[spec.name] = fit_state(spec, value, param)
