@@ -88,8 +88,8 @@ class LayerDiagnostics:
         """The common-mode rejection ratio, 20 log10(signal_gain / shift_gain), in decibels."""
         if self.signal_gain is None:
             return None
-        ratio = torch.tensor(self.signal_gain, dtype=torch.float64) / self.shift_gain
-        return 20 * ratio.log10().item()
+        signal_gain = torch.tensor(self.signal_gain, dtype=torch.float64, device="cpu")
+        return 20 * (signal_gain / self.shift_gain).log10().item()
 
 
 SPREADS = ("gain", "direction_norm", "scale", "isocline_distance", "effective_lr")

@@ -464,4 +464,4 @@ def _make_capturable(group: dict[str, Any]) -> None:
         device = group["params"][0].device
         lr = group["lr"]
         if not isinstance(lr, Tensor) or lr.device != device:
-            group["lr"] = torch.as_tensor(lr, dtype=torch.float32).to(device)
+            group["lr"] = torch.as_tensor(lr, dtype=torch.float32, device=device)
