@@ -17,6 +17,8 @@ from cases import (
     step_arguments,
 )
 from host_kernels import BLOCK_THREADS, HostStep, load, make_host_runner
+from limits import CASES as LIMIT_CASES
+from limits import LimitProblem
 
 from czm_fused.ops import add_relu_noise, exp_scale
 from czm_fused.ops.step import operator, plan
@@ -55,6 +57,13 @@ def test_step(case, cuda_step):
     problem = Problem(case)
     make_step([problem])
     problem.check()
+
+
+@pytest.mark.parametrize("case", LIMIT_CASES, ids=str)
+def test_step_of_filters_of_extreme_scale(case, cuda_step):
+    problem = LimitProblem(case)
+    make_step([problem])
+    problem.check_limits()
 
 
 # At and around what a warp, two warps and a tile can hold, and whole and broken packs.

@@ -19,6 +19,8 @@ from cases import (
     Problem,
     run,
 )
+from limits import CASES as LIMIT_CASES
+from limits import LimitProblem
 
 from czm_fused import FusedCZMSGD
 from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor
@@ -101,6 +103,19 @@ def test_filter_of_zeros_has_no_anchor():
     problem.remember()
     run([problem], "triton")
     problem.check()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what the cases are about.
+def test_filters_of_extreme_scale():
+    # The interpreter takes bfloat16's subnormals for zeros.
+    problems = [
+        LimitProblem(case)
+        for case in LIMIT_CASES
+        if case.layout == "contiguous" and case.options.nesterov
+    ]
+    run(problems, "triton")
+    for problem in problems:
+        problem.check_limits()
 
 
 def make_step(cases):
