@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,13 +66,16 @@ def _step(
     for index in group_indices:
         if not 0 <= index < len(rows):
             raise ValueError(f"group index {index} is not one of the {len(rows)} hyperparameters")
-    states = _states(lists, flags)
+    states = states_of(lists, flags)
     plan, inputs = _plan(params, grads, states, flags, group_indices, backend)
     plan.run(inputs, rows, grad_scale, found_inf)
-    torch.autograd.graph.increment_version([*params, *itertools.chain(*lists)])
+    # Autograd may have saved parameters, and never has state.
+    torch.autograd.graph.increment_version(params)
 
 
-def _states(lists: Sequence[list[Tensor]], all_flags: Sequence[int]) -> list[dict[str, Tensor]]:
+def states_of(
+    lists: Sequence[list[Tensor]], all_flags: Sequence[int]
+) -> list[dict[str, Tensor]]:
     """Return the state of each parameter.
 
     Raises:
