@@ -290,7 +290,7 @@ class FusedCZMSGD(Optimizer):
             converted = self._converted = _Converted(self.param_groups, values, converted)
         plan, all_inputs = self._plan(params, grads, converted.switches)
         plan.run(all_inputs, converted.hyperparameters, grad_scale, found_inf)
-        if type(None) in set(map(type, grads)):
+        if not all([inputs.is_complete for inputs in all_inputs]):
             params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
         torch.autograd.graph.increment_version(params)
         return loss

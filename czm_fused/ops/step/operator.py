@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,14 +83,21 @@ def states_of(
         ValueError: a list of another length than the flags ask for.
     """
     states: list[dict[str, Tensor]] = [{} for _ in all_flags]
-    for spec, tensors in zip(STATES, lists, strict=True):
-        bits = int(spec.flags)
-        owners = [state for state, flags in zip(states, all_flags, strict=True)
-                  if flags & bits == bits]
-        _check_length(f"{spec.name}s", tensors, len(owners))
-        for state, tensor in zip(owners, tensors, strict=True):
-            state[spec.name] = tensor
+    for spec, tensors, owners in zip(STATES, lists, _owners(tuple(all_flags)), strict=True):
+        name = spec.name
+        _check_length(f"{name}s", tensors, len(owners))
+        for owner, tensor in zip(owners, tensors, strict=True):
+            states[owner][name] = tensor
     return states
+
+
+@functools.lru_cache(maxsize=_MOST_PLANS)
+def _owners(all_flags: tuple[int, ...]) -> list[list[int]]:
+    """Return the numbers of the parameters that have each state."""
+    return [
+        [number for number, flags in enumerate(all_flags) if flags & bits == bits]
+        for bits in (int(spec.flags) for spec in STATES)
+    ]
 
 
 def _plan(

@@ -84,9 +84,11 @@ class DevicePlan:
         """Return the inputs of a step, or the index of a parameter that is not as planned."""
         if self._reader is None:
             wrong = self._first_unplanned(params, grads, states)
-            return StepInputs(params, grads, states, None) if wrong is None else wrong
-        result = self._reader.read(params, grads, states)
-        return result if isinstance(result, int) else StepInputs(params, grads, states, result)
+            if wrong is not None:
+                return wrong
+            is_complete = not any(grad is None for grad in grads)
+            return StepInputs(params, grads, states, None, is_complete)
+        return self._reader.read(params, grads, states)
 
     def run(
         self,
