@@ -73,7 +73,9 @@ class _ParamStep:
     def __init__(self, optimizer: FusedCZMSGD, group: int, param: Tensor) -> None:
         self._optimizer = optimizer
         self._group = group
-        self._own = FusedCZMSGD([param], backend=optimizer.backend)
+        self._own = FusedCZMSGD(
+            [{"params": [param], "min_filter_dim": 3}], backend=optimizer.backend
+        )
 
     def __call__(self, param: Tensor) -> None:
         # Loading a state replaces both, so neither is kept.

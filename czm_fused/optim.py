@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from czm_fused._internal import sharding
-from czm_fused._internal.parameters import check_params
+from czm_fused._internal.loading import match_state_dict, restore_state
+from czm_fused._internal.parameters import check_params, name_params, warn_of_shapes
 from czm_fused.ops import backends
 from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor, scalar
 from czm_fused.ops.step.operator import state_lists, states_of
@@ -25,7 +26,7 @@ from czm_fused.ops.step.spec import (
     STATES,
     StepFlag,
 )
-from czm_fused.ops.step.state import check_hyperparameters, flags_of, prepare, restore_state
+from czm_fused.ops.step.state import check_hyperparameters, flags_of, prepare
 from czm_fused.ops.step.tensors import ParamState, StepInputs
 
 _params_of = operator.itemgetter("params")
@@ -93,8 +94,9 @@ class FusedCZMSGD(Optimizer):
     exp_scale, master_weights` and `capturable`. The rows of a 2-d weight are filters only in a
     group that itself sets `luma` or `exp_scale` (its key `min_filter_dim` is then 2, else 3;
     `max_filter_dim` bounds them above).
-    With a bare `model.parameters()`, weights of transposed convolutions are treated as filters,
-    because they cannot be told apart; use `czm_param_groups` where there are any.
+    A bare `model.parameters()` has no modules to tell what is a filter: weights of transposed
+    convolutions are treated as filters, tensors of shape (1, positions, width) and (channels, 1, 1)
+    are not, and a warning names the shapes that may be either. `czm_param_groups` knows.
 
     State of a parameter: `momentum_buffer`, of its shape, dtype and layout; for exp-scaled filters
     `log_scale` (`g`) and `log_scale_momentum_buffer`, `(out_channels,)`, float32 (float64 for
@@ -104,8 +106,11 @@ class FusedCZMSGD(Optimizer):
 
     Raises:
         ValueError: a hyperparameter out of its range; a DTensor that splits filters.
-        TypeError: a parameter that is not real floating point.
+        TypeError: a parameter that is not floating point, or filters that are complex.
         RuntimeError: a backend asked for by name that cannot run; a sparse gradient.
+
+    Warns:
+        UserWarning: parameters that are treated as filters, as their shapes tell, and may be none.
     """
 
     # As torch.optim names it: a GradScaler hands its scale to `step` where this is True.
@@ -169,19 +174,23 @@ class FusedCZMSGD(Optimizer):
         """Add a group, as `torch.optim.Optimizer.add_param_group` does, after checking it whole.
 
         The group becomes a copy of `param_group`, with tensors of its own for hyperparameters, so
-        that neither other groups nor the caller's values change with it.
+        that neither other groups nor the caller's values change with it. Where the others have
+        names and this one has none, its parameters are named by their places.
 
         Raises:
             ValueError: a hyperparameter out of its range, or parameters on several devices.
-            TypeError: a parameter that is not real floating point.
+            TypeError: a parameter that is not floating point, or filters that are complex.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         param_group = dict(param_group)
+        is_bare = not {"luma", "zmg", "exp_scale", "min_filter_dim"} & param_group.keys()
         names_filters = "luma" in param_group or "exp_scale" in param_group
         param_group.setdefault("min_filter_dim", 2 if names_filters else 3)
         param_group.setdefault("max_filter_dim", None)
         check_hyperparameters({**self.defaults, **param_group})
+        if self.param_groups and "param_names" in self.param_groups[0]:
+            name_params(param_group, len(self.param_groups))
         super().add_param_group(param_group)
         try:
             check_params(self.param_groups[-1])
@@ -196,6 +205,8 @@ class FusedCZMSGD(Optimizer):
                 group[name] = group[name].detach().clone()
         _make_capturable(group)
         self._plans.clear()
+        if is_bare:
+            warn_of_shapes(group)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -221,17 +232,19 @@ class FusedCZMSGD(Optimizer):
         """Load a state of this optimizer, or of `torch.optim.SGD`, whatever backend wrote it.
 
         The log-scales keep their float32, momentum takes its parameter's dtype and layout, and
-        hyperparameters that the dictionary does not know keep their present values.
+        hyperparameters that the dictionary does not know keep their present values. Parameters are
+        matched by name where both sides have names, whatever the order of the groups.
+
+        Raises:
+            ValueError: names that do not match, or a value of the wrong type, shape or range.
+                Nothing is loaded then.
         """
         present = [dict(group) for group in self.param_groups]
         loaded: dict[str, Any] = {}
 
-        def keep(_: Optimizer, final: dict[str, Any]) -> None:
-            for group, saved in zip(self.param_groups, final["param_groups"], strict=False):
-                for number, param in zip(saved["params"], group["params"], strict=False):
-                    for name, value in final["state"].get(number, {}).items():
-                        sharding.check_state(name, value, param)
-            loaded.update(final)
+        def match(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(match_state_dict(final, self.param_groups))
+            return dict(loaded)
 
         def restore(optimizer: Optimizer) -> None:
             saved_groups = loaded["param_groups"]
@@ -249,7 +262,7 @@ class FusedCZMSGD(Optimizer):
 
         # torch casts all state to the parameter's dtype, and keeps the layout that was saved.
         handles = [
-            self.register_load_state_dict_pre_hook(keep),
+            self.register_load_state_dict_pre_hook(match),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
         try:
@@ -267,7 +280,7 @@ class FusedCZMSGD(Optimizer):
 
         Raises:
             ValueError: a hyperparameter that has left its range.
-            RuntimeError: a sparse gradient, or one of another dtype, device or placement than its
+            RuntimeError: a sparse gradient, or one of another shape, device or placement than its
                 parameter. Nothing is updated then.
         """
         loss = None
@@ -284,7 +297,7 @@ class FusedCZMSGD(Optimizer):
             return loss
         params = list(chain.from_iterable(map(_params_of, self.param_groups)))
         grads = list(map(_grad_of, params))
-        if _is_fake(params):
+        if sharding.is_fake(params):
             self._traced_step(grad_scale, found_inf)
             return loss
 
@@ -359,7 +372,7 @@ class FusedCZMSGD(Optimizer):
         states = states_of([list(map(sharding.local, tensors)) for tensors in lists], flags)
         hyperparameters = self._traced_hyperparameters()
         tensors = list(map(StepTensor.of, ours, map(StepFlag, flags), indices))
-        for (_, backend), numbers in split(ours, tensors, self.backend).items():
+        for (_, backend), numbers in split(ours, local_grads, tensors, self.backend).items():
             torch.ops.czm_fused.step_(
                 select(numbers, ours),
                 select(numbers, local_grads),
@@ -472,14 +485,6 @@ class _Converted:
             n for n, old in enumerate(self._values) if values[n] is not old
         ]
         return changed if {type(values[n]) for n in changed} <= {float} else None
-
-
-def _is_fake(params: list[Tensor]) -> bool:
-    if not params or type(params[0]) in (Tensor, torch.nn.Parameter):
-        return False
-    from torch._subclasses.fake_tensor import is_fake
-
-    return any(map(is_fake, params))
 
 
 def _make_capturable(group: dict[str, Any]) -> None:

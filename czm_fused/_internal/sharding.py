@@ -1,4 +1,6 @@
-"""Parameters that are DTensors: each rank steps its own filters, without communication."""
+"""Parameters that are not plain tensors of numbers: DTensors, of which each rank steps its own
+filters without communication, complex ones, and those that have yet to be initialised.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,24 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
 def is_special(tensor: Tensor) -> bool:
-    """Return True for a DTensor or any other subclass of Tensor than Parameter."""
-    return type(tensor) not in (Tensor, torch.nn.Parameter)
+    """Return True for a complex tensor, a DTensor or any other subclass than Parameter."""
+    return type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_complex()
+
+
+def is_fake(params: Sequence[Tensor]) -> bool:
+    """Return True if any parameter has no memory because a FakeTensorMode made it."""
+    if not params or type(params[0]) in (Tensor, torch.nn.Parameter):
+        return False
+    from torch._subclasses import fake_tensor
+
+    return any(map(fake_tensor.is_fake, params))
 
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
@@ -32,16 +44,20 @@ def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a DTensor, or a plain alias of another subclass of Tensor.
 
-    Both share the memory of `tensor`; a plain tensor is returned itself.
+    Both share the memory of `tensor`, unless it has a conjugate bit, and are real, with a last
+    dimension more where it is complex. A plain tensor is returned itself, and so is one without a
+    shape.
     """
-    if not is_dtensor(tensor):
-        if not is_special(tensor):
-            return tensor
+    if not is_special(tensor) or is_lazy(tensor):
+        return tensor
+    if is_dtensor(tensor):
+        part = tensor.to_local()
+        # What a collective has yet to deliver can be waited for.
+        plain: Tensor = part.wait() if hasattr(part, "wait") else part
+    else:
         with torch._C.DisableTorchFunctionSubclass():
-            return tensor.detach()
-    part = tensor.to_local()
-    # What a collective has yet to deliver can be waited for.
-    return part.wait() if hasattr(part, "wait") else part
+            plain = tensor.detach()
+    return torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
 
 
 def check_not_flattened(number: int, param: Tensor) -> None:
