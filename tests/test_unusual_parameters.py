@@ -77,6 +77,7 @@ def test_lazy_parameters_that_stay_uninitialised_do_not_stop_the_others():
 def step_by_hand(optimizer, module, dtype, seed, size):
     generator = torch.Generator().manual_seed(seed)
     for param in module.parameters():
+        param.grad = None
         param.grad_dtype = dtype
         param.grad = (size * torch.randn(param.shape, generator=generator)).to(dtype)
     optimizer.step()

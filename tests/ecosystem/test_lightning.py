@@ -6,7 +6,7 @@ from short_training import BATCH, assert_same, batches, loss_of, network, optimi
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from czm_fused import FusedCZMSGD
+from czm_fused import FusedCZMSGD, czm_param_groups
 
 lightning = pytest.importorskip("lightning")
 
@@ -129,3 +129,36 @@ def test_an_overflow_in_half_precision_skips_the_step(fit):
     module = Overflowing()
     fit(module, 1, plugins=mixed("16-mixed"), gradient_clip_val=0.5)
     assert_same(module.network.state_dict(), network().state_dict())
+
+
+class Unfreeze(lightning.pytorch.callbacks.BaseFinetuning):
+    """Trains the classifier first, and everything from the second epoch on."""
+
+    def freeze_before_training(self, module):
+        self.freeze(module.network[:-1])
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.network[:-1], optimizer, lr=0.05)
+
+
+def classifier_optimizer(model):
+    groups = czm_param_groups(model[-1])
+    assert groups[0]["param_names"] == ["weight", "bias"]
+    return FusedCZMSGD(groups, lr=0.05, momentum=0.9)
+
+
+def test_finetuning_adds_groups_without_names(fit, tmp_path):
+    module = Module(classifier_optimizer)
+    fit(module, 1, callbacks=[Unfreeze()])
+    assert torch.equal(module.network[0].weight, network()[0].weight)
+    module = Module(classifier_optimizer)
+    trainer = fit(module, 6, callbacks=[Unfreeze()])
+    optimizer = trainer.optimizers[0]
+    assert len(optimizer.param_groups) == 2
+    assert "log_scale" in optimizer.state[module.network[0].weight]
+    assert loss_of(module.network) < 0.7 * loss_of(network())
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    resumed = Module(classifier_optimizer)
+    fit(resumed, 7, tmp_path / "saved.ckpt", callbacks=[Unfreeze()])
+    assert loss_of(resumed.network) < loss_of(module.network)
