@@ -14,7 +14,12 @@ from torch.optim.optimizer import ParamsT
 
 from czm_fused._internal import sharding
 from czm_fused._internal.loading import match_state_dict, restore_state
-from czm_fused._internal.parameters import check_params, name_params, warn_of_shapes
+from czm_fused._internal.parameters import (
+    check_params,
+    make_capturable,
+    name_params,
+    warn_of_shapes,
+)
 from czm_fused.ops import backends
 from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor, scalar
 from czm_fused.ops.step.operator import state_lists, states_of
@@ -88,7 +93,8 @@ class FusedCZMSGD(Optimizer):
             The step is fused in any case. Default None.
 
     Parameters may be DTensors, as `fully_shard` makes them: split along dimension 0 or not at all
-    where they are filters, anyhow else. Each rank steps its part, and nothing is communicated.
+    where they are filters, anyhow else. Each rank steps its part, and nothing is communicated but
+    gradients that are placed otherwise than their parameters.
 
     Every group can set `lr, momentum, dampening, weight_decay, nesterov, maximize, zmg, luma,
     exp_scale, master_weights` and `capturable`. The rows of a 2-d weight are filters only in a
@@ -118,6 +124,7 @@ class FusedCZMSGD(Optimizer):
     # What a plan depends on beside layouts, and the plan; no plan holds a tensor or an address.
     _plans: dict[tuple[Any, ...], StepPlan]
     _converted: _Converted | None = None
+    _has_dtensors = False
 
     def __init__(
         self,
@@ -203,8 +210,9 @@ class FusedCZMSGD(Optimizer):
         for name in HYPERPARAMETER_NAMES:
             if isinstance(group[name], Tensor):
                 group[name] = group[name].detach().clone()
-        _make_capturable(group)
+        make_capturable(group)
         self._plans.clear()
+        self._has_dtensors |= any(map(sharding.is_dtensor, group["params"]))
         if is_bare:
             warn_of_shapes(group)
 
@@ -220,13 +228,14 @@ class FusedCZMSGD(Optimizer):
         self._plans = {}
         self._converted = None
         for group in self.param_groups:
+            self._has_dtensors |= any(map(sharding.is_dtensor, group["params"]))
             group.setdefault("min_filter_dim", 3)
             group.setdefault("max_filter_dim", None)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group.setdefault("capturable", False)
             group.setdefault("master_weights", False)
-            _make_capturable(group)
+            make_capturable(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this optimizer, or of `torch.optim.SGD`, whatever backend wrote it.
@@ -254,7 +263,7 @@ class FusedCZMSGD(Optimizer):
                 for name in (*self.defaults, "min_filter_dim", "max_filter_dim"):
                     if name not in saved and name in old:
                         group[name] = old[name]
-                _make_capturable(group)
+                make_capturable(group)
                 for number, param in zip(saved["params"], group["params"], strict=True):
                     restore_state(
                         optimizer.state.get(param), loaded["state"].get(number, {}), param
@@ -301,6 +310,9 @@ class FusedCZMSGD(Optimizer):
             self._traced_step(grad_scale, found_inf)
             return loss
 
+        if self._has_dtensors:
+            # Once, as it may communicate, and a step may read the gradients again.
+            grads = sharding.place_grads(params, grads)
         converted = self._converted
         values = list(chain.from_iterable(map(_hyperparameters_of, self.param_groups)))
         if converted is None or not converted.is_of(values):
@@ -485,11 +497,3 @@ class _Converted:
             n for n, old in enumerate(self._values) if values[n] is not old
         ]
         return changed if {type(values[n]) for n in changed} <= {float} else None
-
-
-def _make_capturable(group: dict[str, Any]) -> None:
-    if group["capturable"] and group["params"]:
-        device = group["params"][0].device
-        lr = group["lr"]
-        if not isinstance(lr, Tensor) or lr.device != device:
-            group["lr"] = torch.as_tensor(lr, dtype=torch.float32, device=device)

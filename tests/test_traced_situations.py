@@ -18,7 +18,7 @@ from czm_fused.models import cifar_resnet
 )
 def test_steps_of_fake_tensors(options, backend):
     with FakeTensorMode():
-        model = network()
+        model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(80, 3))
         optimizer = FusedCZMSGD(model.parameters(), **CZM, **options, backend=backend)
         for _ in range(2):
             backward(model, 0)

@@ -103,3 +103,12 @@ def _is_doubtful(param: Tensor) -> bool:
     is_stack = max(kernel) > 2 * min(kernel) > 2
     longest = _LONGEST_KERNEL_OF_ONE if param.shape[0] == 1 else _LONGEST_KERNEL
     return is_stack or max(kernel) > longest
+
+
+def make_capturable(group: dict[str, Any]) -> None:
+    """Keep the learning rate of a capturable group as a tensor on the device of its parameters."""
+    if group["capturable"] and group["params"]:
+        device = group["params"][0].device
+        lr = group["lr"]
+        if not isinstance(lr, Tensor) or lr.device != device:
+            group["lr"] = torch.as_tensor(lr, dtype=torch.float32, device=device)

@@ -100,21 +100,41 @@ def check_placements(number: int, param: Tensor, has_filters: bool) -> None:
         )
 
 
-def local_grads(
+def place_grads(
     params: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Return this rank's parts of the gradients.
+    """Return the gradients placed as their parameters are, as torch's optimizers take them.
+
+    Those of DTensors on the same ranks are redistributed, such as the sums that are still to be
+    made of an input split over the ranks; all ranks take part.
 
     Raises:
-        RuntimeError: a gradient that is not placed as its parameter is.
+        RuntimeError: a gradient that is a DTensor where its parameter is none, or the reverse, or
+            that is on other ranks.
     """
+    placed: list[Tensor | None] = list(grads)
     for number, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if grad is not None and _placed(grad) != _placed(param):
+        if grad is None or _placed(grad) == _placed(param):
+            continue
+        if not (is_dtensor(grad) and is_dtensor(param) and grad.device_mesh == param.device_mesh):
             raise RuntimeError(
                 f"the gradient of parameter {number} is {_describe(grad)}, but the parameter is "
                 f"{_describe(param)}; redistribute the gradient, or accumulate it, as the parameter"
             )
-    return [None if grad is None else local(grad) for grad in grads]
+        placed[number] = grad.redistribute(placements=param.placements)
+    return placed
+
+
+def local_grads(
+    params: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return this rank's parts of the gradients, placed as `place_grads` does.
+
+    Raises:
+        RuntimeError: what `place_grads` refuses.
+    """
+    placed = place_grads(params, grads)
+    return [None if grad is None else local(grad) for grad in placed]
 
 
 def per_filter(values: Tensor, param: Tensor) -> Tensor:
