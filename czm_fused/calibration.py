@@ -1,5 +1,8 @@
 """calibrate_(): a start for every convolution, measured on the user's own data."""
 
+# torch is typed in part.
+# mypy: no-warn-return-any
+
 from __future__ import annotations
 
 import math

@@ -1,5 +1,8 @@
 """Measure the filters of a network in training, its signals, and how far it rejects mean shift."""
 
+# torch is typed in part.
+# mypy: no-warn-return-any
+
 from __future__ import annotations
 
 import math

@@ -4,6 +4,9 @@ Written from the paper (Ruff, Beck, Bach, arXiv 1911.13173), not from the kernel
 are formed, stepped and multiplied again, where the kernels never form `V`.
 """
 
+# torch is typed in part.
+# mypy: no-warn-return-any
+
 from __future__ import annotations
 
 import math

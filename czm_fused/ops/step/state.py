@@ -1,5 +1,8 @@
 """The state of a parameter: which parts of the method act on it, and what they keep."""
 
+# torch is typed in part.
+# mypy: no-warn-return-any
+
 from __future__ import annotations
 
 import math

@@ -9,7 +9,8 @@ the sums that CZMG removes come from another read of the tile, with one channel 
 padding, `TILE` channels are exactly `taps` tiles of weights, and the cache has them at hand.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: disable-error-code="import-untyped"
 
 from __future__ import annotations
 
