@@ -464,7 +464,7 @@ def _format(spread: Spread | None) -> str:
 
 
 def _format_number(number: float | None, spec: str = ".3g", unit: str = "") -> str:
-    return "-" if number is None else f"{number:{spec}}{unit}"
+    return "-" if number is None or math.isnan(number) else f"{number:{spec}}{unit}"
 
 
 def _is_finite(value: Spread | float | None) -> bool:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,8 +74,7 @@ def _step(
     states = states_of(lists, flags)
     plan, inputs = _plan(params, grads, states, flags, group_indices, backend)
     plan.run(inputs, rows, grad_scale, found_inf)
-    # Autograd may have saved parameters, and never has state.
-    torch.autograd.graph.increment_version(params)
+    torch.autograd.graph.increment_version([*params, *itertools.chain(*lists)])
 
 
 def states_of(
