@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import (
+from helpers.cases import (
     DTYPES,
     OPTION_CASES,
     OTHER_CASES,

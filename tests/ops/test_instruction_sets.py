@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import AVAILABLE, OPTION_CASES, OTHER_CASES, SHAPE_CASES, Problem, step_arguments
+from helpers.cases import AVAILABLE, OPTION_CASES, OTHER_CASES, SHAPE_CASES, Problem, step_arguments
 
 from czm_fused.ops.step import operator
 from czm_fused.ops.step.descriptors import StepTensor, build_descriptors

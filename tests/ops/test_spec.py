@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cases import AVAILABLE
+from helpers.cases import AVAILABLE
 
 from czm_fused.ops.step import spec, tensors
 

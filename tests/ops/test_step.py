@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from cases import (
+from helpers.cases import (
     AVAILABLE,
     BACKENDS,
     DTYPES,

@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "ops")]
 
 import torch  # noqa: E402
-from cases import (  # noqa: E402
+from helpers.cases import (  # noqa: E402
     DTYPES,
     OPTION_CASES,
     OTHER_CASES,

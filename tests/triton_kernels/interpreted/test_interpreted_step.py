@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cases import (
+from helpers.cases import (
     CHANNELS,
     FILTER_OPTIONS,
     KERNELS,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from error_bounds import error_bounds
+from helpers.error_bounds import error_bounds
 from torch import Tensor
 
 from czm_fused.ops import backends
