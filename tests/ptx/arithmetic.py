@@ -43,7 +43,8 @@ def instruction(*names: str) -> Callable[[Compute], Compute]:
 
 def _approximate(block: Block, name: str, values: np.ndarray) -> np.ndarray:
     """Return float32 `values` with as much of the documented error as the launch asks for."""
-    error = block.launch.approx_error * _APPROX_ULPS[name] * 2.0**-23
+    signs = block.launch.random.choice([-1.0, 1.0], len(values))
+    error = signs * block.launch.approx_error * _APPROX_ULPS[name] * 2.0**-23
     return (values.astype(np.float64) * (1 + error)).astype(np.float32)
 
 
@@ -269,12 +270,10 @@ def _compare(block: Block, instruction: Instruction, mask: np.ndarray) -> None:
     targets = target.parts if isinstance(target, Several) else (target,)
     if kind in ("bf16x2", "f16x2"):
         for number, part in enumerate(targets):
-            halves = [
-                formats.from_bits((block.bits(each, 32) >> np.uint32(16 * number)).astype(np.uint16),
-                                  kind.removesuffix("x2"))
-                for each in operands[:2]
-            ]  # fmt: skip
-            block.set_bits(part, _compared(comparison, *halves, is_float=True), mask)
+            shift = np.uint32(16 * number)
+            halves = [(block.bits(each, 32) >> shift).astype(np.uint16) for each in operands[:2]]
+            a, b = (formats.from_bits(half, kind.removesuffix("x2")) for half in halves)
+            block.set_bits(part, _compared(comparison, a, b, is_float=True), mask)
         return
     a, b = (block.numbers(operand, kind) for operand in operands[:2])
     if "ftz" in instruction:

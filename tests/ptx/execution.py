@@ -44,7 +44,8 @@ class Launch:
         dynamic_shared: bytes of shared memory that the launch adds.
         blocks: the blocks to run; all by default.
         observer: is told of every access to global memory and of every instruction.
-        approx_error: how far `approx` instructions go towards their greatest error, of -1 to 1.
+        approx_error: how much of their greatest error `approx` instructions have, 0 to 1; its sign
+            is random.
 
     Attributes:
         is_whole: True if all blocks were run.
@@ -75,6 +76,7 @@ class Launch:
         self.observer = observer
         self.is_whole = blocks is None
         self.approx_error = approx_error
+        self.random = np.random.default_rng(0)
         self.watches: dict[int, Watch] = {}
         self.reached: set[int] = set()
         self.constants: dict[tuple[Operand, int], np.ndarray] = {}

@@ -4,6 +4,14 @@ import math
 
 import pytest
 import torch
+from host_kernels import BLOCK_THREADS, HostStep, load, make_host_runner
+
+from czm_fused.ops import add_relu_noise, exp_scale
+from czm_fused.ops.step import operator, plan
+from czm_fused.ops.step.cuda import _MOST_WORDS
+from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor
+from czm_fused.ops.step.plan import DevicePlan
+from czm_fused.ops.step.spec import DTYPES as DTYPE_NUMBERS
 from helpers.cases import (
     DTYPES,
     OPTION_CASES,
@@ -16,14 +24,6 @@ from helpers.cases import (
     run,
     step_arguments,
 )
-from host_kernels import BLOCK_THREADS, HostStep, load, make_host_runner
-
-from czm_fused.ops import add_relu_noise, exp_scale
-from czm_fused.ops.step import operator, plan
-from czm_fused.ops.step.cuda import _MOST_WORDS
-from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor
-from czm_fused.ops.step.plan import DevicePlan
-from czm_fused.ops.step.spec import DTYPES as DTYPE_NUMBERS
 
 
 @pytest.fixture(scope="module")
