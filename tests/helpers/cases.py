@@ -207,8 +207,8 @@ OTHER_CASES = [
     ),
 ]
 
-# What groups of 32 to 256 threads hold in registers, at and around it, in whole and broken packs, in
-# tiles, and channel by channel.
+# What groups of 32 to 256 threads hold in registers, at and around it, in whole and broken packs,
+# in tiles, and channel by channel.
 GROUP_CASES = [
     Case((3, channels, taps), dtype, layout)
     for channels, taps in (
@@ -220,10 +220,10 @@ GROUP_CASES = [
     for dtype in DTYPES
 ]  # fmt: skip
 
-# Each way through the CUDA kernel with blocks of 256 threads: a group of 32, 64, 128 or 256 threads a
-# filter; through shared memory (in a dtype that is stored there otherwise than its sums, and with the
-# spatial mean alone, so that no other barrier comes to help); in tiles; channel by channel; blocks
-# of a plain tensor, the last of them shorter.
+# Each way through the CUDA kernel with blocks of 256 threads: a group of 32, 64, 128 or 256 threads
+# a filter; through shared memory (in a dtype that is stored there otherwise than its sums, and with
+# the spatial mean alone, so that no other barrier comes to help); in tiles; channel by channel;
+# blocks of a plain tensor, the last of them shorter.
 MEAN = Options(luma=0.0, exp_scale=False)
 PATH_CASES = {
     "32": Case((9, 32, 3, 3)),

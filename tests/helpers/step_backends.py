@@ -1,4 +1,4 @@
-"""Every way to run the step: the package's backends, and three without a GPU for its GPU kernels."""
+"""Every way to run the step: the package's backends, and others for GPU kernels without a GPU."""
 
 from __future__ import annotations
 

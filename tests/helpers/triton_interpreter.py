@@ -86,8 +86,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 def _send(pipe: BinaryIO, value: Any) -> None:
     buffer = io.BytesIO()
-    # With the whole storage of each tensor, its guards too, where in it the tensor begins, and which
-    # tensors share one.
+    # With the whole storage of each tensor, its guards too, and where in it the tensor begins.
     torch.save(value, buffer)
     pipe.write(len(buffer.getbuffer()).to_bytes(8, "little"))
     pipe.write(buffer.getbuffer())

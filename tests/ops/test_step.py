@@ -161,7 +161,8 @@ def test_step_of_any_shape(backend, data):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
-    "shape", [(5, 17, 1, 1), (5, 17, 3), (5, 17, 3, 3), (5, 17, 5, 5), (5, 200, 3, 3), (3, 64, 1, 1)]
+    "shape",
+    [(5, 17, 1, 1), (5, 17, 3), (5, 17, 3, 3), (5, 17, 5, 5), (5, 200, 3, 3), (3, 64, 1, 1)],
 )
 def test_what_is_not_finite_stays_in_its_filter(shape, layout, value, backend):
     problem = Problem(Case(shape, layout=layout), backend.device)

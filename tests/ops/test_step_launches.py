@@ -1,90 +1,35 @@
-"""The CUDA kernels' own source, run on the host, against the oracles."""
+"""How the steps on GPUs launch: how often, with what, and what they keep between steps."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from host_kernels import BLOCK_THREADS, HostStep, load, make_host_runner
 
-from czm_fused.ops import add_relu_noise, exp_scale
-from czm_fused.ops.step import operator, plan
-from czm_fused.ops.step.cuda import _MOST_WORDS
+from czm_fused import FusedCZMSGD
+from czm_fused.ops.step import cuda
 from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor
+from czm_fused.ops.step.device_table import DeviceTable
 from czm_fused.ops.step.plan import DevicePlan
-from czm_fused.ops.step.spec import DTYPES as DTYPE_NUMBERS
-from helpers.cases import (
-    DTYPES,
-    OPTION_CASES,
-    OTHER_CASES,
-    PLAIN,
-    SHAPE_CASES,
-    Case,
-    Options,
-    Problem,
-    run,
-    step_arguments,
-)
+from czm_fused.ops.step.spec import HYPERPARAMETER_NAMES
+from helpers.cases import DTYPES, PLAIN, Case, Options
+from helpers.problem import Problem, step_arguments
+from helpers.stand_in import standing_in
+from helpers.step_backends import CUDA_PTX, HOST, TRITON_PTX, WHOLE_HOST, on
 
 
-@pytest.fixture(scope="module")
-def kernels(build_host_kernels):
-    return load(build_host_kernels("plain"))
+@on((HOST, WHOLE_HOST))
+def test_both_sides_agree_on_what_a_launch_holds(backend):
+    from cuda_on_host import build
+
+    kernels = build.kernels(backend.variant)
+    assert kernels.most_words == cuda._MOST_WORDS
+    assert kernels.block_threads == build.VARIANTS[backend.variant].threads
 
 
-@pytest.fixture
-def cuda_step(kernels, monkeypatch):
-    """Puts the host's run of the CUDA step in the place of the backend `cpu`."""
-    monkeypatch.setattr(HostStep, "kernels", kernels, raising=False)
-    monkeypatch.setattr(HostStep, "launches", 0)
-    monkeypatch.setattr(plan, "make_runner", make_host_runner)
-    monkeypatch.setattr(operator, "_PLANS", [])
-    return HostStep
-
-
-def make_step(problems, *scales):
-    run(problems, "cpu", *scales)
-
-
-def test_both_sides_agree_on_what_a_launch_holds(kernels):
-    assert kernels.most_words == _MOST_WORDS
-    assert kernels.block_threads == BLOCK_THREADS
-
-
-@pytest.mark.parametrize("case", [*OPTION_CASES, *OTHER_CASES, *SHAPE_CASES], ids=str)
-def test_step(case, cuda_step):
-    problem = Problem(case)
-    make_step([problem])
-    problem.check()
-
-
-# At and around what a warp, two warps and a tile can hold, and whole and broken packs.
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(
-    ("channels", "taps"),
-    [
-        (71, 9),
-        (72, 9),
-        (142, 9),
-        (143, 9),
-        (192, 9),
-        (427, 3),
-        (1300, 2),
-        (50, 49),
-        (8, 640),
-        (3, 1280),
-        (2, 1281),
-        (2, 1536),
-        (1, 2000),
-    ],
-)
-def test_step_of_filters_around_what_a_team_holds(channels, taps, layout, dtype, cuda_step):
-    problem = Problem(Case((3, channels, taps), dtype, layout))
-    make_step([problem])
-    problem.check()
-
-
-def test_step_is_one_launch_for_all_groups_and_dtypes(cuda_step):
+@on((HOST, WHOLE_HOST))
+def test_step_is_one_launch_for_all_groups_and_dtypes(backend):
     cases = [
         Case(shape, dtype, layout, options=options)
         for shape, layout in (((3, 17, 3, 3), "channels_last"), ((4001,), "contiguous"))
@@ -93,197 +38,135 @@ def test_step_is_one_launch_for_all_groups_and_dtypes(cuda_step):
     ]
     cases += [Case((0,)), Case((4, 2), options=Options(luma=0.3, nesterov=True))]
     problems = [Problem(case, seed=seed) for seed, case in enumerate(cases)]
-    make_step(problems)
-    assert cuda_step.launches == 1
+    before = backend.step_class.launches
+    backend.run(problems)
+    assert backend.step_class.launches - before == 1
     for problem in problems:
         problem.check()
 
 
+@on((HOST,))
 @pytest.mark.parametrize(
     ("tensors", "a_group_each", "launches"), [(300, False, 1), (4080, False, 2), (481, True, 3)]
 )
-def test_step_of_many_tensors_is_split_into_few_launches(
-    tensors, a_group_each, launches, cuda_step
-):
+def test_step_of_many_tensors_is_split_into_few_launches(tensors, a_group_each, launches, backend):
     options = [Options(lr=0.1 * (n % 7), momentum=0.5) for n in range(tensors)]
     problems = [
         Problem(Case((2, 3, 3), options=options[n if a_group_each else 1]), seed=n % 5)
         for n in range(tensors)
     ]
-    arguments = list(step_arguments(problems, "cpu"))
+    arguments = list(step_arguments(problems, backend.backend))
     if not a_group_each:
         arguments[8] = [0, 2] * (tensors // 2)
         arguments[9] = arguments[9][:3]
         arguments[9][2] = arguments[9][0]
-    torch.ops.czm_fused.step_(*arguments)
-    assert cuda_step.launches == launches
+    before = backend.step_class.launches
+    backend.step(arguments)
+    assert backend.step_class.launches - before == launches
     for problem in problems:
         problem.check()
 
 
-def test_hyper_parameters_are_read_where_they_live(cuda_step):
-    problems = [
-        Problem(Case((5, 17, 3, 3), dtype, options=Options(nesterov=True, luma=0.1)))
-        for dtype in DTYPES
-    ]
-    row = [torch.tensor(value, dtype=torch.float32) for value in problems[0].case.options.row()]
-    hyperparameters = Hyperparameters([[DeviceScalar(x) for x in row]])
-    tensors = [StepTensor.of(problem["param"], problem.case.flags, 0) for problem in problems]
-    device_plan = DevicePlan(tensors, torch.device("cpu"), "cpu")
-    states = [{name: memory.tensor for name, memory in problem.memory.items()}
-              for problem in problems]
-    params, grads = ([problem[name] for problem in problems] for name in ("param", "grad"))
-    inputs = device_plan.read(params, grads, states)
-    device_plan.run(inputs, hyperparameters, None, None)
-    for problem in problems:
-        # The bounds allow for hyper-parameters rounded to float32, but not in float64.
-        if problem.case.dtype != torch.float64:
+class Planned:
+    """A plan that is stepped more than once, and its problems, a group each."""
+
+    def __init__(self, backend, cases):
+        self.problems = [Problem(case) for case in cases]
+        self.rows = [problem.case.options.row() for problem in self.problems]
+        self.grads = [problem["grad"] for problem in self.problems]
+        tensors = [
+            StepTensor.of(problem["param"], problem.case.flags, index)
+            for index, problem in enumerate(self.problems)
+        ]
+        with standing_in(backend.make_step()):
+            self._plan = DevicePlan(tensors, torch.device("cpu"), backend.backend)
+
+    def step(self, grads, hyperparameters):
+        params = [problem["param"] for problem in self.problems]
+        states = [
+            {name: memory.tensor for name, memory in problem.memory.items()}
+            for problem in self.problems
+        ]
+        inputs = self._plan.read(params, grads, states)
+        self._plan.run(inputs, hyperparameters, None, None)
+
+
+@on((HOST, WHOLE_HOST, CUDA_PTX, TRITON_PTX))
+def test_hyperparameters_on_the_device(backend):
+    options = Options(nesterov=True, luma=0.1)
+    cases = [Case((5, 17, 3, 3), dtype, options=options) for dtype in DTYPES]
+    planned = Planned(backend, [*cases, Case((7,), options=PLAIN)])
+    scalars = [torch.tensor(row, dtype=torch.float32) for row in planned.rows]
+    for problem, row in zip(planned.problems, scalars, strict=True):
+        # The oracle takes the numbers as float32 has them.
+        values = dict(zip(HYPERPARAMETER_NAMES, row.tolist(), strict=True))
+        rounded = {name: values[name] for name in ("lr", "momentum", "zmg", "luma")}
+        problem.case = replace(problem.case, options=replace(problem.case.options, **rounded))
+    rows = [[DeviceScalar(x) for x in row] for row in scalars]
+    planned.step(planned.grads, Hyperparameters(rows))
+    for problem in planned.problems:
+        problem.check()
+
+
+@on((HOST, CUDA_PTX, TRITON_PTX))
+def test_moved_gradients_are_found(backend):
+    planned = Planned(backend, [Case((1, 3, 3, 3)), Case((5,), options=PLAIN)])
+    hyperparameters = Hyperparameters(planned.rows)
+    grads = planned.grads
+    moved = [grad.clone() for grad in grads]
+    for where in (grads, moved, grads):
+        for other in (*grads, *moved):
+            other.fill_(math.nan)
+        for grad, problem in zip(where, planned.problems, strict=True):
+            grad.copy_(torch.linspace(-1, 1, grad.numel()).view(grad.shape))
+            problem.remember()
+            problem.inputs["grad"] = grad.clone()
+        planned.step(where, hyperparameters)
+        for problem in planned.problems:
+            problem["grad"].copy_(problem.inputs["grad"])
             problem.check()
 
 
-@pytest.mark.parametrize("grad_scale", [1024.0, 3.0])
-def test_gradients_are_divided_by_the_scale(grad_scale, cuda_step):
-    problems = [Problem(Case(shape, dtype)) for shape in ((3, 17, 3, 3), (40,)) for dtype in DTYPES]
-    make_step(problems, torch.tensor(grad_scale), torch.tensor(0.0))
-    for problem in problems:
-        problem.check(grad_scale)
+def test_tables_are_sent_when_they_changed():
+    table = DeviceTable(3, torch.device("cpu"))
+    words = np.array([1, 2, 3])
+    sent = table.send(words)
+    assert table.send(words.copy()) is sent
+    assert table.send(words + 1).tolist() == [2, 3, 4]
+    # A kernel may still read what was sent before.
+    assert sent.tolist() == [1, 2, 3]
 
 
-def test_nothing_changes_where_an_infinity_was_found(cuda_step):
-    problem = Problem(Case((3, 17, 3, 3)))
-    make_step([problem], torch.tensor(2.0), torch.tensor(2.0))
-    for name, value in problem.outputs().items():
-        assert torch.equal(value, problem.inputs[name])
+def train(backend, memory_format):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(4, 4, 1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(64, 2),
+    ).to(torch.float64, memory_format=memory_format)
+    optimizer = FusedCZMSGD(model.parameters(), lr=0.1, momentum=0.9, backend=backend)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    images = torch.randn(8, 3, 4, 4, dtype=torch.float64)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = model(images).square().mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    return losses, [param.detach() for param in model.parameters()]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("shape", [(9, 17, 3, 3), (5, 200, 3, 3), (3, 64, 1, 1)])
-def test_what_is_not_finite_stays_in_its_filter(shape, value, cuda_step):
-    problem = Problem(Case(shape))
-    clean = problem.expected()
-    problem["grad"][2, 3].view(-1)[0] = value
-    problem.remember()
-    make_step([problem])
-    outputs = problem.outputs()
-    assert not outputs["param"][2].isfinite().all()
-    others = [n for n in range(shape[0]) if n != 2]
-    for name, expected in clean.items():
-        found = outputs[name][others].double()
-        assert torch.allclose(found, expected[others], rtol=1e-4, atol=1e-5)
-
-
-def test_step_gives_the_same_bits_again(cuda_step):
-    cases = [
-        Case(shape, dtype)
-        for shape in ((40, 33, 3, 3), (3, 5001), (2, 2000, 5))
-        for dtype in DTYPES
-    ]
-
-    def outputs():
-        problems = [Problem(case, seed=seed) for seed, case in enumerate(cases)]
-        make_step(problems)
-        return [tensor for problem in problems for tensor in problem.outputs().values()]
-
-    for a, b in zip(outputs(), outputs(), strict=True):
-        assert torch.equal(a, b)
-
-
-def address(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def tolerance(dtype, expected, roundings=8):
-    """Some roundings of the arithmetic, and one of the stored type."""
-    arithmetic = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    return (roundings * arithmetic + torch.finfo(dtype).eps) * expected.abs().double()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("is_wide", [False, True])
-@pytest.mark.parametrize("with_noise", [False, True])
-@pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize(
-    ("shape", "layout"),
-    [
-        ((2, 3, 5, 7), torch.contiguous_format),
-        ((2, 3, 5, 7), torch.channels_last),
-        ((3, 8, 16, 16), torch.contiguous_format),
-        ((3, 8, 16, 16), torch.channels_last),
-        ((4, 5), torch.contiguous_format),
-    ],
-)
-def test_add_relu_noise(shape, layout, offset, with_residual, with_noise, is_wide, dtype, kernels):
-    generator = torch.Generator().manual_seed(0)
-
-    def activation():
-        values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        strides = values.to(memory_format=layout).stride()
-        memory = torch.full((values.numel() + 2 * offset + 8,), math.nan, dtype=dtype)
-        return memory.as_strided(shape, strides, offset).copy_(values)
-
-    x, grad, output, grad_input = (activation() for _ in range(4))
-    residual = activation() if with_residual else None
-    noise = None
-    if with_noise:
-        noise = torch.empty(shape[:2], dtype=torch.promote_types(dtype, torch.float32))
-        noise.uniform_(0.5, 1.5, generator=generator)
-    area = math.prod(shape[2:])
-    geometry = (x.numel(), shape[1], area, area == 1 or not x.is_contiguous(), is_wide)
-    kernels.add_relu_noise(
-        DTYPE_NUMBERS[dtype],
-        address(output),
-        address(x),
-        address(residual),
-        address(noise),
-        *geometry,
-    )
-    expected = add_relu_noise.reference.add_relu_noise(
-        x.double(),
-        residual if residual is None else residual.double(),
-        noise if noise is None else noise.double(),
-    )
-    size = add_relu_noise.reference.add_relu_noise(
-        x.double().abs(),
-        residual if residual is None else residual.double().abs(),
-        noise if noise is None else noise.double(),
-    )
-    assert ((output.double() - expected).abs() <= tolerance(dtype, size)).all()
-
-    kernels.add_relu_noise_backward(
-        DTYPE_NUMBERS[dtype],
-        address(grad_input),
-        address(grad),
-        address(output),
-        address(noise),
-        *geometry,
-    )
-    expected = add_relu_noise.reference.add_relu_noise_backward(
-        grad.double(), output.double(), noise if noise is None else noise.double()
-    )
-    assert ((grad_input.double() - expected).abs() <= tolerance(dtype, expected)).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 4, 3, 3), (2, 5, 3), (4, 1), (2, 40, 5, 5)])
-def test_exp_scale(shape, dtype, kernels):
-    generator = torch.Generator().manual_seed(0)
-    real = torch.promote_types(dtype, torch.float32)
-    v, dw = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)
-    )
-    g = torch.randn(shape[0], generator=generator, dtype=torch.float64).to(real)
-    weight, dv, dg = torch.empty_like(v), torch.empty_like(v), torch.empty_like(g)
-    sizes = (shape[0], v[0].numel())
-    kernels.exp_scale(DTYPE_NUMBERS[dtype], address(weight), address(v), address(g), *sizes)
-    kernels.exp_scale_backward(
-        DTYPE_NUMBERS[dtype], address(dv), address(dg), address(dw), address(v), address(g), *sizes
-    )
-    expected = exp_scale.reference.exp_scale(v.double(), g.double())
-    expected_dv, expected_dg = exp_scale.reference.exp_scale_backward(
-        dw.double(), v.double(), g.double()
-    )
-    assert ((weight.double() - expected).abs() <= tolerance(dtype, expected)).all()
-    assert ((dv.double() - expected_dv).abs() <= tolerance(dtype, expected_dv)).all()
-    terms = g.double().exp() * (dw.double() * v.double()).abs().flatten(1).sum(1)
-    assert ((dg.double() - expected_dg).abs() <= tolerance(real, terms)).all()
+@on((HOST, TRITON_PTX, CUDA_PTX))
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_training_as_the_reference_trains(memory_format, backend):
+    expected_losses, expected = train("reference", memory_format)
+    with standing_in(backend.make_step()):
+        losses, params = train(backend.backend, memory_format)
+    # Float64: rounding of 1e-16 a step against updates of size 1, four steps long.
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(params, expected, rtol=1e-12, atol=1e-12)
+    assert losses[-1] < losses[0]

@@ -153,7 +153,9 @@ def _of_one(block: Block, instruction: Instruction, mask: np.ndarray) -> None:
         result = functions[base](values)
     if "approx" in instruction:
         if kind == "f32":
-            result = _approximate(block, base, result)
+            # 2^0 and the logarithm of 1 are exact.
+            is_exact = (values == 0) if base == "ex2" else (result == 0)
+            result = np.where(is_exact, result, _approximate(block, base, result))
         elif kind == "f64":
             # Some 20 bits, which Newton's steps double.
             result = (result.view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import re
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -208,6 +209,21 @@ class Kernel:
             end += 1
         self._body(text[match.end() : end - 1])
 
+    def with_lines(self, change: Callable[[int, str], str]) -> Kernel:
+        """Return a kernel whose instructions have the text that `change` makes of theirs.
+
+        Args:
+            change: takes an instruction's index and text; one that it leaves empty does nothing.
+        """
+        result = copy.copy(self)
+        result.instructions = []
+        for index, instruction in enumerate(self.instructions):
+            line = change(index, instruction.line)
+            if line != instruction.line:
+                instruction = Instruction(line or "fence", self._widths)
+            result.instructions.append(instruction)
+        return result
+
     @classmethod
     def names(cls, text: str) -> list[str]:
         """Return the entries of a module."""
@@ -234,8 +250,9 @@ class Kernel:
         return min([*widths, 4])
 
     def _module_variables(self, text: str) -> None:
+        # In the first column, as those of entries are not.
         pattern = (
-            r"^\s*(?:\.(?:visible|extern|weak)\s+)*\.(global|const|shared)\s+"
+            r"^(?:\.(?:visible|extern|weak)\s+)*\.(global|const|shared)\s+"
             r"(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?\s*(?:=\s*([^;]+))?;"
         )
         for match in re.finditer(pattern, text, re.M):

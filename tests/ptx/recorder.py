@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class Recorder:
     """Runs launches over CPU tensors, and keeps them.
 
     Args:
+        change: takes each kernel and returns what to run in its place.
         options: of each `Launch`.
 
     Attributes:
@@ -33,8 +34,8 @@ class Recorder:
         launches: that were made.
     """
 
-    def __init__(self, **options: Any) -> None:
-        self.options = options
+    def __init__(self, change: Callable[[Kernel], Kernel] | None = None, **options: Any) -> None:
+        self.change, self.options = change, options
         self.spans: list[Span] = []
         self.launches: list[Launch] = []
 
@@ -57,6 +58,8 @@ class Recorder:
             grid: the number of blocks.
             dynamic_shared: bytes of shared memory beside those that the kernel declares.
         """
+        if self.change is not None:
+            kernel = self.change(kernel)
         params = bytearray(kernel.param_bytes)
         if len(values) > len(kernel.params):
             raise Trap(f"{kernel.name} has {len(kernel.params)} parameters, not {len(values)}")
