@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from small_training import assert_equal, backward, network, on_every_backend, state_of, weights
 from torch import nn
 
 from czm_fused import (
@@ -19,6 +18,7 @@ from czm_fused import (
 )
 from czm_fused.diagnostics import diagnose, watch
 from czm_fused.models import cifar_resnet
+from small_training import assert_equal, backward, network, on_every_backend, state_of, weights
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

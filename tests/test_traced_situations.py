@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from small_training import CZM, PLAIN, assert_equal, backward, network, on_every_backend, weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from czm_fused import CZMBasicBlock, CZMConv1d, CZMConv2d, CZMConv3d, FusedCZMSGD, convert
 from czm_fused.models import cifar_resnet
+from small_training import CZM, PLAIN, assert_equal, backward, network, on_every_backend, weights
 
 
 @on_every_backend

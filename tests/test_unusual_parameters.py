@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
-from small_training import CZM, PLAIN, assert_equal, network, on_every_backend, train, weights
 from torch import nn
 
 from czm_fused import FusedCZMSGD, GradientRelease, czm_param_groups
+from small_training import CZM, PLAIN, assert_equal, network, on_every_backend, train, weights
 
 OPTIONS = (
     {},

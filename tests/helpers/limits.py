@@ -6,8 +6,10 @@ import math
 from dataclasses import replace
 
 import torch
-from cases import Case, Options, Problem
 from torch import Tensor
+
+from helpers.cases import Case, Options
+from helpers.problem import Problem
 
 # Around where exp(g), 1 / exp(g) and <W, W> cease to be normal numbers, and far beyond.
 LOG_SCALES = {
