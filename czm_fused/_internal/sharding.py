@@ -48,12 +48,14 @@ def local(tensor: Tensor) -> Tensor:
     dimension more where it is complex. A plain tensor is returned itself, and so is one without a
     shape.
     """
-    if not is_special(tensor) or is_lazy(tensor):
+    if not is_special(tensor):
         return tensor
     if is_dtensor(tensor):
         part = tensor.to_local()
         # What a collective has yet to deliver can be waited for.
         plain: Tensor = part.wait() if hasattr(part, "wait") else part
+    elif is_lazy(tensor):
+        return tensor
     else:
         with torch._C.DisableTorchFunctionSubclass():
             plain = tensor.detach()
