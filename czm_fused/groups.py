@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from czm_fused._internal.parameters import level_of_caller
 from czm_fused._internal.text import format_html, format_table, shorten
 from czm_fused.example import preserved, run_example
 from czm_fused.init import Convolution, check_module, find_stems, named_convolutions
@@ -66,23 +67,13 @@ class ParamGroup(dict[str, Any]):
                 "the groups of czm_param_groups must go to FusedCZMSGD, but another optimizer got "
                 "them, which ignores their exp_scale, zmg and luma; use FusedCZMSGD, or pass plain "
                 "groups, [dict(group) for group in groups]",
-                stacklevel=_first_frame_outside_torch(),
+                stacklevel=level_of_caller(),
             )
         return super().setdefault(key, default)
 
 
 _NOT_SETTINGS = ("name", "params", "param_names")
 _KNOWN = (*HYPERPARAMETERS, *_NOT_SETTINGS, "differentiable", "min_filter_dim", "max_filter_dim")
-
-
-def _first_frame_outside_torch() -> int:
-    """Return the `stacklevel`, seen from the caller, of the code that made the optimizer."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None:
-        level, frame = level + 1, frame.f_back
-        if not frame.f_globals.get("__name__", "").startswith("torch."):
-            break
-    return level
 
 
 class ParamGroups(list[dict[str, Any]]):

@@ -1,5 +1,8 @@
 """CZMI: the channel-wise zero-mean initialisation of convolutions (paper section 3.2)."""
 
+# torch is typed in part.
+# mypy: allow-untyped-calls
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping

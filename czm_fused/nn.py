@@ -1,5 +1,8 @@
 """Convolutions with unit filters V and scales exp(g), and the residual unit made of them."""
 
+# torch is typed in part.
+# mypy: allow-untyped-calls, no-warn-return-any
+
 from __future__ import annotations
 
 from typing import Any, TypeVar
