@@ -73,8 +73,11 @@ class Case:
             for name, value in vars(self.options).items()
             if value != getattr(Options(), name)
         ]
-        parts += [f"{name}={getattr(self, name)}" for name in
-                  ("offset", "first", "master_weights") if getattr(self, name)]
+        parts += [
+            f"{name}={getattr(self, name)}"
+            for name in ("offset", "first", "master_weights")
+            if getattr(self, name)
+        ]
         return "-".join(parts)
 
     @property
@@ -179,7 +182,11 @@ OTHER_CASES = [
     *(
         Case((2, channels, *kernel), dtype, layout, offset=offset, master_weights=True)
         for kernel, channels, offset in (
-            ((1, 1), 33, 0), ((3,), 64, 0), ((3, 3), 17, 0), ((3, 3), 64, 0), ((3, 3), 17, 1),
+            ((1, 1), 33, 0),
+            ((3,), 64, 0),
+            ((3, 3), 17, 0),
+            ((3, 3), 64, 0),
+            ((3, 3), 17, 1),
             ((5, 5), 3, 0),
         )
         for dtype in (torch.bfloat16, torch.float16)

@@ -447,9 +447,7 @@ class Block:
         named = int(self.members(instruction)[lane])
         first = lane // WARP * WARP
         present = sum(1 << int(k) for k in np.flatnonzero(here[first : first + WARP]))
-        raise Trap(
-            f"warp {lane // WARP} names {named:#x}, met by {present:#x}: {instruction.line}"
-        )
+        raise Trap(f"warp {lane // WARP} names {named:#x}, met by {present:#x}: {instruction.line}")
 
 
 def _is_barrier_of_block(instruction: Instruction) -> bool:

@@ -119,7 +119,7 @@ class Watch:
         self._writer, self._reader = (np.full(count, _NOBODY, np.int32) for _ in range(2))
         self._write_epoch, self._read_epoch = (np.zeros(count, np.int32) for _ in range(2))
         self._write_own, self._read_own = (np.zeros(count, np.int32) for _ in range(2))
-        # The lanes that have read in the epoch of the last read, a bit each.
+        # The lanes whose reads no later read is ordered after, a bit each.
         self._readers = np.zeros((count, -(-lanes // _BITS)), np.uint64)
         self._has_other_blocks = np.zeros(count, bool)
         self.writes = np.zeros(count, np.int32)
@@ -174,17 +174,18 @@ class Watch:
         if not len(suspect):
             return
         at, lane = index[suspect], lanes[suspect]
-        words = self._readers[at].copy()
-        own_word, own_bit = _bit_of(lane)
-        words[np.arange(len(lane)), own_word] &= ~own_bit
-        # Most bytes are read by the lane alone that writes them.
-        others = np.flatnonzero(words.any(axis=1))
-        for first in others:
-            bits = np.unpackbits(words[first].view(np.uint8), bitorder="little")
-            readers = np.flatnonzero(bits)
-            late = clock.seen[lane[first], readers] < self._read_own[at[first]]
-            if late.any():
-                self._race(at[first], lane[first], True, "read", readers[late][0])
+        unordered = self._unordered_readers(clock, lane, at)
+        if unordered.any():
+            first, other = np.argwhere(unordered)[0]
+            self._race(at[first], lane[first], True, "read", other)
+
+    def _unordered_readers(self, clock: Clock, lane: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Return which lanes have read granules `at` without being ordered before `lane`."""
+        bits = np.unpackbits(self._readers[at].view(np.uint8), axis=1, bitorder="little")
+        unordered = bits[:, : len(clock.own)].astype(bool)
+        unordered &= clock.seen[lane] < self._read_own[at][:, None]
+        unordered[np.arange(len(lane)), lane] = False
+        return unordered
 
     def _race(self, index: int, lane: int, is_write: bool, what: str, other: int) -> None:
         raise Trap(
@@ -203,8 +204,15 @@ class Watch:
 
     def _record_read(self, clock: Clock, lanes: np.ndarray, index: np.ndarray) -> None:
         reader, epoch = self._reader[index], self._read_epoch[index]
+        own = clock.own[lanes]
         is_stale = (reader == _NOBODY) | (epoch < clock.epoch)
+        again = np.flatnonzero(~is_stale & (own > self._read_own[index]))
+        if len(again):
+            # Reads that are ordered before this one need not be remembered beside it.
+            unordered = self._unordered_readers(clock, lanes[again], index[again])
+            is_stale[again] = ~unordered.any(axis=1)
         self._readers[index[is_stale]] = 0
+        self._read_own[index[is_stale]] = 0
         self._has_other_blocks[index] |= (reader != _NOBODY) & (epoch < clock.first_epoch)
         word, bit = _bit_of(lanes)
         self._reader[index] = lanes
@@ -213,8 +221,6 @@ class Watch:
         else:
             # Several lanes read one byte in one instruction.
             np.bitwise_or.at(self._readers, (index, word), bit)
-        own = clock.own[lanes]
-        self._read_own[index[is_stale]] = 0
         np.maximum.at(self._read_own, index, own)
         self._read_epoch[index] = clock.epoch
 

@@ -112,7 +112,9 @@ def test_a_barrier_of_some_threads_orders_these_alone(distance):
 @pytest.mark.parametrize("read_by_all", [False, True])
 def test_what_several_warps_have_read_may_be_written_after_their_barrier(read_by_all):
     # The numbers of the first warp of each 64 threads are read by both, and then written.
-    body = NAMED + """
+    body = (
+        NAMED
+        + """
         and.b32 %r2, %r1, {mask};
         shl.b32 %r2, %r2, 2;
         add.s32 %r2, %r2, %r8;
@@ -120,11 +122,36 @@ def test_what_several_warps_have_read_may_be_written_after_their_barrier(read_by
         barrier.sync %r4, 64;
         st.shared.b32 [%r7], %r1;
     """
+    )
     if not read_by_all:
         run(body.format(mask=-33), threads=128)
     else:
         with pytest.raises(Trap, match="writes after an unordered read"):
             run(body.format(mask=31), threads=128)
+
+
+@pytest.mark.parametrize("barrier", ["barrier.sync %r4, 64;", ""])
+def test_what_others_have_read_may_be_read_again_and_written_after_their_barrier(barrier):
+    # Each number is read by both warps of its 64 threads, and then by the lane that writes it.
+    body = (
+        NAMED
+        + """
+        xor.b32 %r2, %r1, 32;
+        shl.b32 %r2, %r2, 2;
+        add.s32 %r2, %r2, %r8;
+        ld.shared.b32 %r3, [%r2];
+        bar.warp.sync -1;
+        {}
+        bar.warp.sync -1;
+        ld.shared.b32 %r3, [%r7];
+        st.shared.b32 [%r7], %r1;
+    """
+    )
+    if barrier:
+        run(body.format(barrier), threads=128)
+    else:
+        with pytest.raises(Trap, match="writes after an unordered read"):
+            run(body.format(barrier), threads=128)
 
 
 def test_a_barrier_counts_its_threads():

@@ -138,6 +138,7 @@ def test_each_barrier_removed_in_turn(case, backend):
     assert sites or case.shape == PATH_CASES["plain"].shape
     missed = []
     for site in sites:
+
         def change(kernel):
             return kernel.with_lines(lambda index, text: "" if index == site else text)  # noqa: B023
 
