@@ -158,6 +158,8 @@ class Block:
 
     def predicate(self, operand: Operand) -> np.ndarray:
         """Return what a predicate is for each lane."""
+        if isinstance(operand, Immediate):
+            return np.full(self.size, operand.value != 0)
         assert isinstance(operand, Register)
         value = self.register(operand.name)
         return ~value if operand.is_negated else value
