@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -22,11 +22,11 @@ class PtxCudaStep(StepMemory, CudaStep):
     """Runs the CUDA step's PTX over CPU tensors.
 
     Attributes:
-        source: of the kernels.
+        source: of the kernels, and the faults planted in it, as `nvcc.compiled` takes them.
         least_words: what the launch must have room for, at least.
     """
 
-    source: ClassVar[str] = nvcc.STEP
+    source: ClassVar[tuple[Any, ...]] = (nvcc.STEP,)
     least_words: ClassVar[int] = 0
 
     @classmethod
@@ -34,7 +34,7 @@ class PtxCudaStep(StepMemory, CudaStep):
         """Return the kernel that `choose_kernel` of csrc/cuda/step_launch.h takes."""
         is_few = max(words, cls.least_words) <= FEW_WORDS and dtype >= 0
         room = FEW_WORDS if is_few else MANY_WORDS
-        text = nvcc.compiled(cls.source)
+        text = nvcc.compiled(*cls.source)
         return nvcc.kernel(text, f"step_kernelILi{room}E", f"E{_MANGLED[dtype]}EE")
 
     def _run(  # type: ignore[override]
