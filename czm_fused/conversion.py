@@ -135,6 +135,7 @@ def convert(
     stem: nn.Module | str | None = None,
     from_pretrained: bool | None = None,
     gain: float | None = None,
+    zero_mean: bool | None = None,
     noise: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> _Module:
@@ -143,8 +144,8 @@ def convert(
     A BatchNorm (torch's, SyncBatchNorm, timm's with its activation) goes if its input is computed
     by convolutions, with anything in between: a concatenation, a sum, an activation, pooling. It is
     replaced by `nn.Identity`, or by its activation; those convolutions gain a bias; and all
-    convolutions of the model, transposed ones excepted, are initialised by CZMI (paper section
-    3.2), the stem with its means, and scaled by `czm_fused.calibration.calibrate_` so that the
+    convolutions of the model, transposed ones excepted, are initialised as by `czm_init_`, with
+    filters of any mean, and scaled by `czm_fused.calibration.calibrate_` so that the
     output of each starts with the same spread. Everything else stays: a warning names every
     normalisation that does, and `plan_conversion` lists the reasons. The stem is marked, so that
     `czm_param_groups(model)` finds it. Make optimizers and averaged copies of the model afterwards,
@@ -175,6 +176,8 @@ def convert(
             refused, as it would lose its weights.
         gain: the norm of every filter that is initialised, in place of the measured scales; the
             paper's is 0.8.
+        zero_mean: whether spatial slices start with mean 0, as in the paper. By default True with
+            `gain` and False without. The stem and depthwise filters keep their means.
         noise: half the width a of the noise U(1 - a, 1 + a) that multiplies each channel of each
             sample where a BatchNorm was replaced, in training only (`czm_fused.nn.ChannelNoise`);
             in [0, 1), 0 (none) by default.
@@ -182,8 +185,8 @@ def convert(
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
-        ValueError: as in `plan_conversion`, `czm_init_` and `calibrate_`; `gain` is given with
-            `from_pretrained`; or `noise` is outside [0, 1). The model is as it was.
+        ValueError: as in `plan_conversion`, `czm_init_` and `calibrate_`; `gain` or `zero_mean` is
+            given with `from_pretrained`; or `noise` is outside [0, 1). The model is as it was.
 
     Warns:
         UserWarning: a normalisation stays, the forward pass fails in training mode, an optimizer
@@ -196,16 +199,22 @@ def convert(
     plan = plan_conversion(
         model, example_input=example_input, stem=stem, from_pretrained=from_pretrained
     )
-    if plan.from_pretrained and gain is not None:
-        raise ValueError(
-            f"gain must be None with from_pretrained=True, which keeps the weights, but was {gain}"
-        )
+    for name, value in (("gain", gain), ("zero_mean", zero_mean)):
+        if plan.from_pretrained and value is not None:
+            raise ValueError(
+                f"{name} must be None with from_pretrained, which keeps weights, but was {value}"
+            )
     convolutions = named_convolutions(model)
     _warn_of_optimizers(model, plan)
     with undone_on_error(model, convolutions.values()):
         _carry_out(model, plan, noise)
         if convolutions and not plan.from_pretrained:
-            czm_init_(model, gain=GAIN if gain is None else gain, generator=generator)
+            czm_init_(
+                model,
+                gain=GAIN if gain is None else gain,
+                zero_mean=gain is not None if zero_mean is None else zero_mean,
+                generator=generator,
+            )
             if gain is None:
                 _logger.info("%s", calibrate_(model, example_input))
     _logger.info("%s", plan)

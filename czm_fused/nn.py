@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from czm_fused import functional
-from czm_fused.init import CONVOLUTIONS, HOOK_REMEDY, check_module, czm_weight_
+from czm_fused.init import CONVOLUTIONS, HOOK_REMEDY, check_module, czm_weight_, is_depthwise
 from czm_fused.ops import exp_scale as ops
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -65,7 +65,7 @@ class _CZMConv(_ConvNd):
 
     def reset_parameters(self) -> None:
         """Initialise the weight by CZMI (`czm_fused.init.czm_weight_`) and the bias to 0."""
-        czm_weight_(self.weight, zero_mean=not self.stem)
+        czm_weight_(self.weight, zero_mean=not (self.stem or is_depthwise(self)))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
