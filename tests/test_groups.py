@@ -248,7 +248,7 @@ def test_fused_czm_sgd_takes_the_groups():
     [
         ({"stem": "head"}, "stem must name a convolution of the model, one of 'pointwise'"),
         ({"stem": nn.Conv2d(1, 1, 1)}, "stem must be a convolution of the model"),
-        ({"overrides": {"bias": {}}}, "among stem, .*, depthwise, pointwise, rest; but named 'bias'"),
+        ({"overrides": {"bias": {}}}, "among stem, .*, pointwise, rest; but named 'bias'"),
         ({"overrides": {"rest": {"betas": 1}}}, "hyperparameters among lr, .*; but set 'betas'"),
     ],
 )
