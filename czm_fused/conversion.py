@@ -21,8 +21,10 @@ from czm_fused._internal.dataflow import DataFlow, Value, follow
 from czm_fused._internal.replacement import (
     add_bias,
     fold,
+    has_hooks,
     replace_modules,
     replacement_for,
+    save_outputs_alone,
     undone_on_error,
 )
 from czm_fused._internal.text import article, format_html, format_table, shorten
@@ -145,11 +147,12 @@ def convert(
     by convolutions, with anything in between: a concatenation, a sum, an activation, pooling. It is
     replaced by `nn.Identity`, or by its activation; those convolutions gain a bias; and all
     convolutions of the model, transposed ones excepted, are initialised as by `czm_init_`, with
-    filters of any mean, and scaled by `czm_fused.calibration.calibrate_` so that the
-    output of each starts with the same spread. Everything else stays: a warning names every
-    normalisation that does, and `plan_conversion` lists the reasons. The stem is marked, so that
-    `czm_param_groups(model)` finds it. Make optimizers and averaged copies of the model afterwards,
-    as parameters are added and removed.
+    filters of any mean, and scaled by `czm_fused.calibration.calibrate_` so that the output of each
+    starts with the same spread. `nn.ReLU6` becomes `czm_fused.nn.ReLU6`, which keeps less for
+    backward. Everything else stays: a warning names every normalisation that does, and
+    `plan_conversion` lists the reasons. The stem is marked, so that `czm_param_groups(model)` finds
+    it. Make optimizers and averaged copies of the model afterwards, as parameters are added and
+    removed.
 
     With `from_pretrained`, the model keeps what it has learnt: the running statistics are folded
     into the weight and bias of the convolution before,
@@ -340,7 +343,7 @@ class _Planner:
             return "it is parametrized"
         if not _computes_batch_norm(norm):
             return "a subclass of BatchNorm with a forward pass of its own"
-        if _has_hooks(norm):
+        if has_hooks(norm):
             return "it has hooks"
         if name in self.flow.reads:
             attributes = shorten(sorted(self.flow.reads[name])) or "tensors"
@@ -369,7 +372,7 @@ class _Planner:
             if consumers != {name}:
                 return f"{producer!r} feeds {shorten(sorted(consumers - {name}))} as well"
             convolution = self.convolutions[producer]
-            if _has_hooks(convolution):
+            if has_hooks(convolution):
                 return f"{producer!r} has hooks"
             parameters = {id(each) for each in convolution.parameters(recurse=False)}
             if producer in self.flow.tied or parameters & self.shared:
@@ -395,15 +398,6 @@ def _computes_convolution(convolution: Convolution) -> bool:
         and type(convolution)._conv_forward is torchs._conv_forward
         and not {"forward", "_conv_forward"} & vars(convolution).keys()
         and {"weight", "bias"} <= convolution._parameters.keys()
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
     )
 
 
@@ -489,6 +483,7 @@ def _carry_out(model: nn.Module, plan: ConversionPlan, noise: float) -> None:
             norm, affine=change.action == AFFINE, copies=change.copies, noise=noise
         )
     replace_modules(model, replacements)
+    save_outputs_alone(model)
     for name, convolution in named_convolutions(model).items():
         _mark(convolution, name in plan.stem)
 
