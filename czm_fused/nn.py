@@ -273,7 +273,7 @@ def _relu6(x: Tensor) -> Tensor:
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         # A compiler chooses for itself what to save.
         if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-            result: Tensor = _ReLU6.apply(x)  # type: ignore[no-untyped-call]
+            result: Tensor = _ReLU6.apply(x)
             return result
     return F.relu6(x)
 
