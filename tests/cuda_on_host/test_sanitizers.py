@@ -40,7 +40,9 @@ def run_under(libraries, module, task):
         pytest.skip(f"Python does not start with {' and '.join(libraries)} here")
     return subprocess.run(
         [sys.executable, str(SCRIPT), str(module), task],
-        env=environment, capture_output=True, text=True,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 

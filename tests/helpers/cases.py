@@ -73,8 +73,11 @@ class Case:
             for name, value in vars(self.options).items()
             if value != getattr(Options(), name)
         ]
-        parts += [f"{name}={getattr(self, name)}" for name in
-                  ("offset", "first", "master_weights") if getattr(self, name)]
+        parts += [
+            f"{name}={getattr(self, name)}"
+            for name in ("offset", "first", "master_weights")
+            if getattr(self, name)
+        ]
         return "-".join(parts)
 
     @property
@@ -179,7 +182,11 @@ OTHER_CASES = [
     *(
         Case((2, channels, *kernel), dtype, layout, offset=offset, master_weights=True)
         for kernel, channels, offset in (
-            ((1, 1), 33, 0), ((3,), 64, 0), ((3, 3), 17, 0), ((3, 3), 64, 0), ((3, 3), 17, 1),
+            ((1, 1), 33, 0),
+            ((3,), 64, 0),
+            ((3, 3), 17, 0),
+            ((3, 3), 64, 0),
+            ((3, 3), 17, 1),
             ((5, 5), 3, 0),
         )
         for dtype in (torch.bfloat16, torch.float16)
@@ -232,7 +239,8 @@ PATH_CASES = {
     "256": Case((2, 400, 3, 3)),
     "staged 32": Case((3, 5, 3, 3), torch.bfloat16, options=MEAN),
     "staged 64": Case((2, 95, 3, 3), torch.bfloat16, options=MEAN),
-    "staged 256": Case((2, 455, 3, 3)),
+    "staged 256": Case((2, 455, 3, 3), options=MEAN),
+    "staged 256, all parts": Case((2, 455, 3, 3)),
     "tiles": Case((1, 1200, 3, 3), layout="channels_last"),
     "tiles of single weights": Case((1, 1201, 3, 3)),
     "long channels": Case((1, 2, 6000)),

@@ -77,9 +77,7 @@ class InterpretedOperators(OperatorBackend):
         return triton_interpreter.obstacle()
 
     def __call__(self, name: str, *arguments: Tensor | None) -> Any:
-        return triton_interpreter.interpreter().call(
-            f"{_triton_launcher(name)}:{name}", *arguments
-        )
+        return triton_interpreter.interpreter().call(f"{_triton_launcher(name)}:{name}", *arguments)
 
 
 class TritonPtxOperators(OperatorBackend):
@@ -152,9 +150,7 @@ class CudaOperators(OperatorBackend):
             self.launch("exp_scale_backward", v.dtype, [dv, dg, dw, v, g], sizes)
         return dv, dg.to(log_scale.dtype)
 
-    def _add_relu_noise(
-        self, x: Tensor, residual: Tensor | None, noise: Tensor | None
-    ) -> Tensor:
+    def _add_relu_noise(self, x: Tensor, residual: Tensor | None, noise: Tensor | None) -> Tensor:
         x = to_contiguous_or_channels_last(x)
         residual = None if residual is None else to_layout_of(residual, x)
         output = torch.empty_like(x)

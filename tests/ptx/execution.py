@@ -96,7 +96,7 @@ class Launch:
         """Return the watch of a span of memory."""
         if span not in self.watches:
             name, size = self.memory.spans[span].name, len(self.memory.bytes[span])
-            self.watches[span] = Watch(name, size, self.kernel.granule)
+            self.watches[span] = Watch(name, size, self.kernel.granule, self.threads)
         return self.watches[span]
 
     def writes_of(self, number: int) -> np.ndarray:
@@ -137,7 +137,9 @@ class Block:
         self.shared = np.full(launch.shared_bytes, _GARBAGE, np.uint8)
         self.local = np.full((self.size, max(self.kernel.local_bytes, 1)), _GARBAGE, np.uint8)
         self.clock = Clock(self.size, epoch)
-        self.shared_watch = Watch("shared memory", launch.shared_bytes, self.kernel.granule)
+        self.shared_watch = Watch(
+            "shared memory", launch.shared_bytes, self.kernel.granule, self.size
+        )
         self._pc = np.zeros(self.size, np.int64)
         self._is_alive = np.ones(self.size, bool)
         # The lanes that wait at the instruction of their pc for others.
@@ -156,6 +158,8 @@ class Block:
 
     def predicate(self, operand: Operand) -> np.ndarray:
         """Return what a predicate is for each lane."""
+        if isinstance(operand, Immediate):
+            return np.full(self.size, operand.value != 0)
         assert isinstance(operand, Register)
         value = self.register(operand.name)
         return ~value if operand.is_negated else value
@@ -378,17 +382,31 @@ class Block:
             # All lanes that are named must be here before any goes on.
             self._pc[acts] = current
             self._waits |= acts
-            if base in ("bar", "barrier") and "warp" not in instruction:
-                self._meet_block(current)
+            if _is_barrier_of_block(instruction):
+                self._meet_block(instruction, current)
             else:
                 self._meet_warps(instruction, current)
         return True
 
-    def _meet_block(self, current: int) -> None:
-        if (self._waits & (self._pc == current) == self._is_alive).all():
-            self.clock.meet_block()
-            self._pc[self._is_alive] = current + 1
-            self._waits[:] = False
+    def _meet_block(self, instruction: Instruction, current: int) -> None:
+        """Let those go on whose barrier, one of 16, has as many threads as it is for."""
+        here = self._waits & (self._pc == current)
+        number, count = self._barrier(instruction)
+        for barrier in np.unique(number[here]):
+            group = np.flatnonzero(here & (number == barrier))
+            wanted = int(count[group[0]])
+            if len(group) > wanted or (count[group] != wanted).any():
+                raise Trap(f"barrier {barrier} is for {wanted} threads, but {len(group)} are here")
+            if len(group) == wanted:
+                self._release(instruction, current, group)
+
+    def _barrier(self, instruction: Instruction) -> tuple[np.ndarray, np.ndarray]:
+        """Return the barrier that each lane means, and for how many threads it is."""
+        number, *count = instruction.operands
+        if count:
+            return self.bits(number, 32), self.bits(count[0], 32)
+        alive = np.full(self.size, self._is_alive.sum())
+        return self.bits(number, 32), alive
 
     def _meet_warps(self, instruction: Instruction, current: int) -> None:
         here = self._waits & (self._pc == current)
@@ -404,11 +422,11 @@ class Block:
                     self._release(instruction, current, group)
 
     def _release(self, instruction: Instruction, current: int, group: np.ndarray) -> None:
-        mask = np.zeros(self.size, bool)
-        mask[group] = True
         if instruction.base in ("bar", "barrier"):
             self.clock.meet(group)
         else:
+            mask = np.zeros(self.size, bool)
+            mask[group] = True
             INSTRUCTIONS[instruction.base](self, instruction, mask)
         self._pc[group] = current + 1
         self._waits[group] = False
@@ -423,16 +441,19 @@ class Block:
         current = int(pcs.min())
         instruction = self.kernel.instructions[current]
         here = self._waits & (self._pc == current)
-        if instruction.base in ("bar", "barrier") and "warp" not in instruction:
-            wanted = int(self._is_alive.sum())
-            raise Trap(f"met by {int(here.sum())} of {wanted} threads: {instruction.line}")
         lane = np.flatnonzero(here)[0]
+        if _is_barrier_of_block(instruction):
+            number, count = self._barrier(instruction)
+            met = int((here & (number == number[lane])).sum())
+            raise Trap(f"met by {met} of {int(count[lane])} threads: {instruction.line}")
         named = int(self.members(instruction)[lane])
         first = lane // WARP * WARP
         present = sum(1 << int(k) for k in np.flatnonzero(here[first : first + WARP]))
-        raise Trap(
-            f"warp {lane // WARP} names {named:#x}, met by {present:#x}: {instruction.line}"
-        )
+        raise Trap(f"warp {lane // WARP} names {named:#x}, met by {present:#x}: {instruction.line}")
+
+
+def _is_barrier_of_block(instruction: Instruction) -> bool:
+    return instruction.base in ("bar", "barrier") and "warp" not in instruction
 
 
 def _resolve(space: str, addresses: np.ndarray) -> tuple[str, np.ndarray]:

@@ -13,6 +13,7 @@ from ptx.parsing import Trap
 LOCAL, SHARED, PARAM = 1 << 59, 1 << 60, 1 << 61
 WARP = 32
 _WIDEST_ACCESS = 64
+_BITS = 64
 _NOBODY = -1
 
 
@@ -76,29 +77,30 @@ class Memory:
 
 
 class Clock:
-    """What the barriers of one block have ordered.
+    """What the barriers of one block have ordered: a vector clock for each lane.
 
     Attributes:
-        epoch: how many barriers of blocks there were, in all blocks so far.
+        epoch: how many barriers of whole blocks there were, in all blocks so far.
         first_epoch: the epoch in which this block began.
-        own: how often each lane has met others of its warp.
-        seen: `(lanes, 32)`, what each lane knows of `own` of the lanes of its warp.
+        own: how often each lane has met others.
+        seen: `(lanes, lanes)`, up to which of `own` of the others each lane is ordered after them.
     """
 
     def __init__(self, lanes: int, first_epoch: int) -> None:
         self.epoch = self.first_epoch = first_epoch
         self.own = np.ones(lanes, np.int32)
-        self.seen = np.zeros((lanes, WARP), np.int32)
+        self.seen = np.zeros((lanes, lanes), np.int32)
 
     def meet(self, lanes: np.ndarray) -> None:
-        """Order all that `lanes`, of one warp, did before all that they do from now on."""
-        self.seen[lanes, lanes % WARP] = self.own[lanes]
-        self.seen[lanes] = self.seen[lanes].max(axis=0)
-        self.own[lanes] = self.own[lanes].max() + 1
-
-    def meet_block(self) -> None:
-        """Order the whole block."""
-        self.epoch += 1
+        """Order all that `lanes` did before all that they do from now on."""
+        if len(lanes) == len(self.own):
+            self.epoch += 1
+            return
+        now = self.own[lanes].max()
+        known = self.seen[lanes].max(axis=0)
+        known[lanes] = now
+        self.seen[lanes] = known
+        self.own[lanes] = now + 1
 
 
 class Watch:
@@ -108,17 +110,17 @@ class Watch:
         name: of the span.
         size: its bytes.
         granule: bytes that every access is a multiple of and aligned to.
+        lanes: of a block.
     """
 
-    def __init__(self, name: str, size: int, granule: int) -> None:
+    def __init__(self, name: str, size: int, granule: int, lanes: int) -> None:
         self._name, self._granule = name, granule
         count = -(-size // granule)
         self._writer, self._reader = (np.full(count, _NOBODY, np.int32) for _ in range(2))
         self._write_epoch, self._read_epoch = (np.zeros(count, np.int32) for _ in range(2))
         self._write_own, self._read_own = (np.zeros(count, np.int32) for _ in range(2))
-        # The lanes of the last reader's warp that have read since the last write.
-        self._readers = np.zeros(count, np.uint32)
-        self._has_other_warps = np.zeros(count, bool)
+        # The lanes whose reads no later read is ordered after, a bit each.
+        self._readers = np.zeros((count, -(-lanes // _BITS)), np.uint64)
         self._has_other_blocks = np.zeros(count, bool)
         self.writes = np.zeros(count, np.int32)
 
@@ -155,8 +157,7 @@ class Watch:
         if not len(suspect):
             return
         other, lane = writer[suspect], lanes[suspect]
-        has_seen = clock.seen[lane, other % WARP] >= self._write_own[index[suspect]]
-        is_ordered = (other // WARP == lane // WARP) & has_seen
+        is_ordered = clock.seen[lane, other] >= self._write_own[index[suspect]]
         if not is_ordered.all():
             first = np.flatnonzero(~is_ordered)[0]
             self._race(index[suspect][first], lane[first], is_write, "write", other[first])
@@ -172,18 +173,19 @@ class Watch:
         suspect = np.flatnonzero((reader != _NOBODY) & (epoch >= clock.epoch))
         if not len(suspect):
             return
-        at, other, lane = index[suspect], reader[suspect], lanes[suspect]
-        bits = np.arange(WARP, dtype=np.uint32)
-        has_read = (self._readers[at][:, None] >> bits & np.uint32(1)).astype(bool)
-        is_itself = (other // WARP == lane // WARP)[:, None] & (bits == (lane % WARP)[:, None])
-        has_seen = clock.seen[lane] >= self._read_own[at][:, None]
-        is_ordered = (~has_read | is_itself | has_seen).all(axis=1)
-        is_alone = ~has_read | is_itself
-        is_ordered &= (other // WARP == lane // WARP) & ~self._has_other_warps[at]
-        is_ordered |= is_alone.all(axis=1) & ~self._has_other_warps[at]
-        if not is_ordered.all():
-            first = np.flatnonzero(~is_ordered)[0]
-            self._race(at[first], lane[first], True, "read", other[first])
+        at, lane = index[suspect], lanes[suspect]
+        unordered = self._unordered_readers(clock, lane, at)
+        if unordered.any():
+            first, other = np.argwhere(unordered)[0]
+            self._race(at[first], lane[first], True, "read", other)
+
+    def _unordered_readers(self, clock: Clock, lane: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Return which lanes have read granules `at` without being ordered before `lane`."""
+        bits = np.unpackbits(self._readers[at].view(np.uint8), axis=1, bitorder="little")
+        unordered = bits[:, : len(clock.own)].astype(bool)
+        unordered &= clock.seen[lane] < self._read_own[at][:, None]
+        unordered[np.arange(len(lane)), lane] = False
+        return unordered
 
     def _race(self, index: int, lane: int, is_write: bool, what: str, other: int) -> None:
         raise Trap(
@@ -198,22 +200,31 @@ class Watch:
         self._write_epoch[index], self._write_own[index] = clock.epoch, clock.own[lanes]
         self._reader[index] = _NOBODY
         self._readers[index] = 0
-        self._has_other_warps[index] = False
         self.writes[index] += 1
 
     def _record_read(self, clock: Clock, lanes: np.ndarray, index: np.ndarray) -> None:
         reader, epoch = self._reader[index], self._read_epoch[index]
+        own = clock.own[lanes]
         is_stale = (reader == _NOBODY) | (epoch < clock.epoch)
-        is_other_warp = ~is_stale & (reader // WARP != lanes // WARP)
-        bits = np.uint32(1) << (lanes % WARP).astype(np.uint32)
-        readers = self._readers[index]
-        self._readers[index] = np.where(is_stale | is_other_warp, bits, readers | bits)
-        self._has_other_warps[index] = ~is_stale & (self._has_other_warps[index] | is_other_warp)
+        again = np.flatnonzero(~is_stale & (own > self._read_own[index]))
+        if len(again):
+            # Reads that are ordered before this one need not be remembered beside it.
+            unordered = self._unordered_readers(clock, lanes[again], index[again])
+            is_stale[again] = ~unordered.any(axis=1)
+        self._readers[index[is_stale]] = 0
+        self._read_own[index[is_stale]] = 0
         self._has_other_blocks[index] |= (reader != _NOBODY) & (epoch < clock.first_epoch)
+        word, bit = _bit_of(lanes)
         self._reader[index] = lanes
-        if (self._reader[index] != lanes).any():
+        if (self._reader[index] == lanes).all():
+            self._readers[index, word] |= bit
+        else:
             # Several lanes read one byte in one instruction.
-            np.bitwise_or.at(self._readers, index, bits)
-            is_last = self._reader[index] // WARP == lanes // WARP
-            self._has_other_warps[index[~is_last]] = True
-        self._read_epoch[index], self._read_own[index] = clock.epoch, clock.own[lanes]
+            np.bitwise_or.at(self._readers, (index, word), bit)
+        np.maximum.at(self._read_own, index, own)
+        self._read_epoch[index] = clock.epoch
+
+
+def _bit_of(lanes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the word of each lane in a set of lanes, and its bit."""
+    return lanes // _BITS, np.uint64(1) << (lanes % _BITS).astype(np.uint64)

@@ -78,19 +78,9 @@ def nvcc() -> str | None:
 
 
 @functools.cache
-def compiled(source: str, edits: tuple[tuple[str, str, str], ...] = ()) -> str:
-    """Return the PTX of `source`, which may include the files of csrc.
-
-    Args:
-        source: CUDA C++.
-        edits: faults to plant: a file of csrc, a text that it has once, and what to put instead.
-    """
+def compiled(source: str) -> str:
+    """Return the PTX of `source`, CUDA C++ that may include the files of csrc."""
     files = {path.relative_to(CSRC): path.read_text() for path in CSRC.rglob("*.*h")}
-    for name, old, new in edits:
-        text = files[Path(name)]
-        if text.count(old) != 1:
-            raise ValueError(f"{name} must have {old!r} once, but has it {text.count(old)} times")
-        files[Path(name)] = text.replace(old, new)
     flags = [*_FLAGS, f"-arch={ARCHITECTURE}"]
     key = hashlib.sha256(repr((source, flags, nvcc(), sorted(files.items()))).encode()).hexdigest()
     # Compiling takes longer than most tests, so that sessions share what it made.

@@ -72,9 +72,23 @@ def compiled(request, tmp_path_factory):
     source, cubin = folder / "kernels.cu", folder / "kernels.cubin"
     source.write_text(KERNELS)
     run = subprocess.run(
-        [compiler, "-std=c++17", "-O3", "-fmad=false", f"-arch={request.param}", "-Xptxas", "-v",
-         "-cubin", "-I", str(nvcc.CSRC), "-o", str(cubin), str(source)],
-        capture_output=True, text=True,
+        [
+            compiler,
+            "-std=c++17",
+            "-O3",
+            "-fmad=false",
+            f"-arch={request.param}",
+            "-Xptxas",
+            "-v",
+            "-cubin",
+            "-I",
+            str(nvcc.CSRC),
+            "-o",
+            str(cubin),
+            str(source),
+        ],
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     return cubin, run.stderr

@@ -92,6 +92,75 @@ def test_a_barrier_of_eight_lanes_orders_these_alone(distance):
             run(body)
 
 
+# Threads 0 to 63 share a barrier, and 64 to 127 another.
+NAMED = """
+    shr.u32 %r4, %r1, 6;
+    add.s32 %r4, %r4, 1;
+"""
+
+
+@pytest.mark.parametrize("distance", [1, 32, 64])
+def test_a_barrier_of_some_threads_orders_these_alone(distance):
+    body = NAMED + EXCHANGE.format(barrier="barrier.sync %r4, 64;", distance=distance)
+    if distance < 64:
+        assert run(body, threads=128).tolist() == [lane ^ distance for lane in range(128)]
+    else:
+        with pytest.raises(Trap, match="race on shared memory"):
+            run(body, threads=128)
+
+
+@pytest.mark.parametrize("read_by_all", [False, True])
+def test_what_several_warps_have_read_may_be_written_after_their_barrier(read_by_all):
+    # The numbers of the first warp of each 64 threads are read by both, and then written.
+    body = (
+        NAMED
+        + """
+        and.b32 %r2, %r1, {mask};
+        shl.b32 %r2, %r2, 2;
+        add.s32 %r2, %r2, %r8;
+        ld.shared.b32 %r3, [%r2];
+        barrier.sync %r4, 64;
+        st.shared.b32 [%r7], %r1;
+    """
+    )
+    if not read_by_all:
+        run(body.format(mask=-33), threads=128)
+    else:
+        with pytest.raises(Trap, match="writes after an unordered read"):
+            run(body.format(mask=31), threads=128)
+
+
+@pytest.mark.parametrize("barrier", ["barrier.sync %r4, 64;", ""])
+def test_what_others_have_read_may_be_read_again_and_written_after_their_barrier(barrier):
+    # Each number is read by both warps of its 64 threads, and then by the lane that writes it.
+    body = (
+        NAMED
+        + """
+        xor.b32 %r2, %r1, 32;
+        shl.b32 %r2, %r2, 2;
+        add.s32 %r2, %r2, %r8;
+        ld.shared.b32 %r3, [%r2];
+        bar.warp.sync -1;
+        {}
+        bar.warp.sync -1;
+        ld.shared.b32 %r3, [%r7];
+        st.shared.b32 [%r7], %r1;
+    """
+    )
+    if barrier:
+        run(body.format(barrier), threads=128)
+    else:
+        with pytest.raises(Trap, match="writes after an unordered read"):
+            run(body.format(barrier), threads=128)
+
+
+def test_a_barrier_counts_its_threads():
+    with pytest.raises(Trap, match="is for 32 threads, but 64 are here"):
+        run("bar.sync 1, 32;")
+    with pytest.raises(Trap, match="met by 64 of 128 threads"):
+        run("bar.sync 1, 128;")
+
+
 def test_a_write_after_others_have_read_needs_a_barrier():
     # Lane 0's number is read by all, and then written by lane 0.
     body = """
