@@ -1,12 +1,12 @@
 """The kernel of the fused step: one program updates one filter, or one block of a plain tensor.
 
-A filter is read twice: once for <W, W> and <dW, W>, and, while it is still in the cache, once for
-the update, as in `csrc/cpu/step_kernel.h`. So filters of any size take one path and few registers:
-device memory is read once, and many programs are in flight, which is what hides its latency.
+A filter is taken in tiles of TILE weights, each the taps of `tile_channels` channels. A filter of a
+few tiles is loaded as a whole, W, dW and m at once, and held in registers until it is stored: each
+weight is read once. A longer one is read twice, for <W, W> and <dW, W>, then for the update.
 
-Weights are read and written contiguously, 16 bytes a thread. Taps do not divide a power of two, so
-the sums that CZMG removes come from another read of the tile, with one channel a lane: no lane is
-padding, `TILE` channels are exactly `taps` tiles of weights, and the cache has them at hand.
+Threads hold a tile in the order of its memory, so that loads and stores are contiguous in either
+layout. The sums over the taps, which CZMG removes, are taken from shared memory, where `tl.gather`
+hands each thread the taps of one channel.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -20,7 +20,12 @@ import triton.language as tl
 
 from czm_fused.ops.step.spec import DESCRIPTOR_FIELDS, FIELD, HYPERPARAMETER_NAMES
 
-_ROW_COLUMNS = tl.constexpr(len(DESCRIPTOR_FIELDS))
+# What a row says of its filters beside the fields of a descriptor, see `triton.py`.
+TILE_FIELDS = ("channels", "tile_channels", "tiles", "reciprocal")
+# The quotient of a number below 1024 by d, rounded down, is number * ceil(2**20 / d) >> 20.
+RECIPROCAL_BITS = 20
+
+_ROW_COLUMNS = tl.constexpr(len(DESCRIPTOR_FIELDS) + len(TILE_FIELDS))
 _PARAM = tl.constexpr(FIELD["param"])
 _MOMENTUM_BUFFER = tl.constexpr(FIELD["momentum_buffer"])
 _LOG_SCALE = tl.constexpr(FIELD["log_scale"])
@@ -34,6 +39,11 @@ _CHANNELS_LAST = tl.constexpr(FIELD["channels_last"])
 _NEEDS_NORMS = tl.constexpr(FIELD["needs_norms"])
 _GROUP = tl.constexpr(FIELD["group"])
 _FIRST_FILTER = tl.constexpr(FIELD["first_filter"])
+_CHANNELS = tl.constexpr(len(DESCRIPTOR_FIELDS) + TILE_FIELDS.index("channels"))
+_TILE_CHANNELS = tl.constexpr(len(DESCRIPTOR_FIELDS) + TILE_FIELDS.index("tile_channels"))
+_TILES = tl.constexpr(len(DESCRIPTOR_FIELDS) + TILE_FIELDS.index("tiles"))
+_RECIPROCAL = tl.constexpr(len(DESCRIPTOR_FIELDS) + TILE_FIELDS.index("reciprocal"))
+_RECIPROCAL_BITS = tl.constexpr(RECIPROCAL_BITS)
 
 _GROUP_COLUMNS = tl.constexpr(len(HYPERPARAMETER_NAMES))
 _LR = tl.constexpr(HYPERPARAMETER_NAMES.index("lr"))
@@ -78,7 +88,19 @@ class _Filter(NamedTuple):
     remainder: tl.tensor  # 0 without SPLIT
     numel: tl.tensor
     taps: tl.tensor
+    channels: tl.tensor
     channels_last: tl.tensor
+    channel_stride: tl.tensor
+    tile_channels: tl.tensor
+    reciprocal: tl.tensor  # of the taps, or of tile_channels where taps are outermost
+    needs_norms: tl.tensor
+
+
+class _Scale(NamedTuple):
+    log_scale: tl.tensor  # addresses, or 0
+    momentum: tl.tensor
+    g: tl.tensor
+    g_momentum: tl.tensor
 
 
 @triton.jit
@@ -184,235 +206,311 @@ def _store_weight(weights, remainders, offsets, mask, weight, SPLIT: tl.constexp
 
 
 @triton.jit
-def _reduce(
-    filter, needs_norms, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
-    TILE: tl.constexpr, VECTOR: tl.constexpr,
+def _tile(filter, first, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """The tile of a filter that begins at channel `first`: offsets in the filter, and channels."""
+    slots = tl.arange(0, TILE)
+    outer = (slots * filter.reciprocal) >> _RECIPROCAL_BITS
+    channel = tl.where(filter.channels_last, slots - outer * filter.tile_channels, outer)
+    mask = (slots < filter.tile_channels * filter.taps) & (channel < filter.channels - first)
+    gap = tl.where(filter.channels_last, filter.channels - filter.tile_channels, 0)
+    offsets = first * filter.channel_stride + slots + outer * gap
+    if VECTOR > 1:
+        # True of tensors found aligned: taps, or the channels between gaps, are multiples of it.
+        offsets = tl.max_contiguous(tl.multiple_of(offsets, VECTOR), VECTOR)
+        mask = tl.max_constancy(mask, VECTOR)
+    return offsets, mask, channel
+
+
+@triton.jit
+def _load(
+    filter, offsets, mask, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """<W, W> and <dW, W> of a filter, or zeros where the rule does not need them."""
-    weights, remainders, grads, _ = _pointers(filter, DTYPE, VECTOR)
-    end = _multiple(tl.where(needs_norms, filter.numel, 0), VECTOR)
+    """W, dW and m."""
+    weights, remainders, grads, momenta = _pointers(filter, DTYPE, VECTOR)
+    grad = tl.load(grads + offsets, mask=mask, other=0.0).to(REAL)
+    weight = _load_weight(weights, remainders, offsets, mask, REAL, SPLIT)
+    momentum = tl.load(momenta + offsets, mask=mask & (filter.momentum != 0), other=0.0).to(REAL)
+    return weight, grad, momentum
+
+
+@triton.jit
+def _update(
+    filter, offsets, mask, weight, grad, momentum, removed_mean, rule, DTYPE: tl.constexpr,
+    SPLIT: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Store W and m; `grad` is dV before CZMG, the data gradient and the anchor's."""
+    weights, remainders, _, momenta = _pointers(filter, DTYPE, VECTOR)
+    grad = tl.fma(rule.decay, weight, grad - removed_mean)
+    momentum = tl.fma(rule.one_minus_dampening, grad, rule.momentum * momentum)
+    direction = tl.where(rule.nesterov, tl.fma(rule.momentum, momentum, grad), momentum)
+    weight = tl.fma(rule.rate, direction, rule.keep * weight)
+    tl.store(momenta + offsets, momentum.to(DTYPE), mask=mask & (filter.momentum != 0))
+    _store_weight(weights, remainders, offsets, mask, weight, SPLIT)
+
+
+@triton.jit
+def _sums_over_taps(values, channel, filter, REAL: tl.constexpr, TILE: tl.constexpr):
+    """For each weight of a tile the sum of `values` over the taps of its channel."""
+    CHANNELS: tl.constexpr = TILE // 8
+    totals = tl.zeros([TILE], REAL)
+    tap_stride = tl.where(filter.channels_last, filter.tile_channels, 1)
+    first = filter.taps * 0
+    while first < filter.tile_channels:
+        channels = (first + tl.arange(0, CHANNELS))[None, :]
+        sums = tl.zeros([CHANNELS], REAL)
+        tap = filter.taps * 0
+        while tap < filter.taps:
+            taps = (tap + tl.arange(0, 8))[:, None]
+            mask = (taps < filter.taps) & (channels < filter.tile_channels)
+            slots = tl.where(mask, taps * tap_stride + channels * filter.channel_stride, 0)
+            found = tl.gather(values, tl.reshape(slots, [8 * CHANNELS]), 0)
+            sums += tl.sum(tl.where(mask, tl.reshape(found, [8, CHANNELS]), 0.0), axis=0)
+            tap += 8
+        own = channel - first
+        is_here = (own >= 0) & (own < CHANNELS)
+        totals = tl.where(is_here, tl.gather(sums, tl.where(is_here, own, 0), 0), totals)
+        first += CHANNELS
+    return totals
+
+
+@triton.jit
+def _update_tile(
+    filter, offsets, mask, channel, weight, grad, momentum, rule, DTYPE: tl.constexpr,
+    REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    grad = tl.fma(rule.grad, grad, rule.weight * weight)
+    removed_mean = tl.zeros([TILE], REAL)
+    if rule.mean != 0:
+        removed_mean = rule.mean * _sums_over_taps(grad, channel, filter, REAL, TILE)
+    _update(
+        filter, offsets, mask, weight, grad, momentum, removed_mean, rule, DTYPE, SPLIT, VECTOR
+    )
+
+
+@triton.jit
+def _new_rule(filter, scale, hyper, weight_weight, grad_weight, REAL: tl.constexpr):
+    """The rule of the filter, from each thread's sums over weights; updates its log-scale."""
+    # Zeros where the rule does not need them.
+    total_weight_weight = tl.full([], 0.0, REAL)
+    total_grad_weight = tl.full([], 0.0, REAL)
+    if filter.needs_norms:
+        total_weight_weight = tl.sum(weight_weight, axis=0)
+        total_grad_weight = tl.sum(grad_weight, axis=0)
+    rule, new_g, new_g_momentum = _filter_rule(
+        hyper, total_weight_weight, total_grad_weight, filter.taps, scale.log_scale != 0, scale.g,
+        scale.g_momentum, REAL,
+    )  # fmt: skip
+    # All threads have read g before the barrier of the reductions, and one writes it after that.
+    tl.store(scale.log_scale.to(tl.pointer_type(REAL)), new_g, mask=scale.log_scale != 0)
+    tl.store(scale.momentum.to(tl.pointer_type(REAL)), new_g_momentum, mask=scale.momentum != 0)
+    return rule
+
+
+@triton.jit
+def _step_held(
+    filter, scale, hyper, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Step a filter of at most TILES tiles, which registers hold."""
+    held = ()
     weight_weight = tl.zeros([TILE], REAL)
     grad_weight = tl.zeros([TILE], REAL)
-    tile = end * 0
-    while tile * TILE < end:
-        offsets = tile * TILE + tl.arange(0, TILE)
+    for number in tl.static_range(TILES):
+        offsets, mask, _ = _tile(filter, number * filter.tile_channels, TILE, VECTOR)
+        held = held + (_load(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR),)
+    for number in tl.static_range(TILES):
+        weight, grad, _ = held[number]
+        weight_weight = tl.fma(weight, weight, weight_weight)
+        grad_weight = tl.fma(grad, weight, grad_weight)
+    rule = _new_rule(filter, scale, hyper, weight_weight, grad_weight, REAL)
+    # The compiler does not see that this is 0, so it computes addresses again, where it would keep
+    # those of every tile in registers.
+    zero = (rule.keep < 0).to(tl.int32)
+    for number in tl.static_range(TILES):
+        weight, grad, momentum = held[number]
+        first = number * filter.tile_channels + zero
+        offsets, mask, channel = _tile(filter, first, TILE, VECTOR)
+        _update_tile(
+            filter, offsets, mask, channel, weight, grad, momentum, rule, DTYPE, REAL, SPLIT,
+            TILE, VECTOR,
+        )  # fmt: skip
+
+
+@triton.jit
+def _step_streamed(
+    filter, scale, hyper, DTYPE: tl.constexpr, REAL: tl.constexpr,
+    SPLIT: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Step a filter of any size, which is read twice."""
+    weights, remainders, grads, _ = _pointers(filter, DTYPE, VECTOR)
+    weight_weight = tl.zeros([TILE], REAL)
+    grad_weight = tl.zeros([TILE], REAL)
+    end = _multiple(tl.where(filter.needs_norms, filter.numel, 0), VECTOR)
+    begin = end * 0
+    while begin < end:
+        offsets = begin + tl.arange(0, TILE)
         mask = offsets < end
         weight = _load_weight(weights, remainders, offsets, mask, REAL, SPLIT)
         grad = tl.load(grads + offsets, mask=mask, other=0.0).to(REAL)
         weight_weight = tl.fma(weight, weight, weight_weight)
         grad_weight = tl.fma(grad, weight, grad_weight)
-        tile += 1
-    return tl.sum(weight_weight, axis=0), tl.sum(grad_weight, axis=0)
+        begin += TILE
+    rule = _new_rule(filter, scale, hyper, weight_weight, grad_weight, REAL)
 
-
-@triton.jit
-def _direction_grad(
-    weights, remainders, grads, offsets, mask, rule, REAL: tl.constexpr, SPLIT: tl.constexpr
-):
-    """dV before CZMG, the data gradient and the anchor's; and W."""
-    weight = _load_weight(weights, remainders, offsets, mask, REAL, SPLIT)
-    grad = tl.load(grads + offsets, mask=mask, other=0.0).to(REAL)
-    return tl.fma(rule.grad, grad, rule.weight * weight), weight
-
-
-@triton.jit
-def _update_tile(
-    weights, remainders, grads, momenta, has_momentum, offsets, mask, removed_mean, rule,
-    REAL: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    grad, weight = _direction_grad(weights, remainders, grads, offsets, mask, rule, REAL, SPLIT)
-    momentum = tl.load(momenta + offsets, mask=mask & has_momentum, other=0.0).to(REAL)
-    grad = tl.fma(rule.decay, weight, grad - removed_mean)
-    momentum = tl.fma(rule.one_minus_dampening, grad, rule.momentum * momentum)
-    direction = tl.where(rule.nesterov, tl.fma(rule.momentum, momentum, grad), momentum)
-    weight = tl.fma(rule.rate, direction, rule.keep * weight)
-    dtype: tl.constexpr = weights.dtype.element_ty
-    tl.store(momenta + offsets, momentum.to(dtype), mask=mask & has_momentum)
-    _store_weight(weights, remainders, offsets, mask, weight, SPLIT)
-
-
-@triton.jit
-def _update_without_mean(
-    filter, rule, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
-    TILE: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    weights, remainders, grads, momenta = _pointers(filter, DTYPE, VECTOR)
-    end = _multiple(filter.numel, VECTOR)
-    tile = end * 0
-    while tile * TILE < end:
-        offsets = tile * TILE + tl.arange(0, TILE)
+    first = filter.channels * 0
+    if filter.tile_channels == 0:
+        if VECTOR == 1:
+            _update_wide(filter, rule, DTYPE, REAL, SPLIT, TILE)
+        first = filter.channels
+    while first < filter.channels:
+        offsets, mask, channel = _tile(filter, first, TILE, VECTOR)
+        weight, grad, momentum = _load(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR)
         _update_tile(
-            weights, remainders, grads, momenta, filter.momentum != 0, offsets, offsets < end, 0.0,
-            rule, REAL, SPLIT,
+            filter, offsets, mask, channel, weight, grad, momentum, rule, DTYPE, REAL, SPLIT,
+            TILE, VECTOR,
         )  # fmt: skip
-        tile += 1
+        first += filter.tile_channels
 
 
 @triton.jit
-def _sums_over_taps(
-    weights, remainders, grads, channel, mask, channel_stride, tap_stride, taps, rule,
-    REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
-    sums = tl.zeros([TILE], REAL)
-    offsets = channel * channel_stride
-    if TAPS > 0:
-        for tap in tl.range(TAPS, num_stages=1, loop_unroll_factor=3):
-            grad, _ = _direction_grad(
-                weights, remainders, grads, offsets + tap * tap_stride, mask, rule, REAL, SPLIT
+def _update_wide(
+    filter, rule, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr
+):
+    """Update a filter whose channels have more taps than a tile has room for."""
+    stride = tl.where(filter.channels_last, filter.channels, 1)
+    channel = filter.channels * 0
+    while channel < filter.channels:
+        sums = tl.zeros([TILE], REAL)
+        tap = filter.taps * 0
+        while tap < filter.taps:
+            taps = tap + tl.arange(0, TILE)
+            offsets = channel * filter.channel_stride + taps * stride
+            weight, grad, _ = _load(filter, offsets, taps < filter.taps, DTYPE, REAL, SPLIT, 1)
+            sums += tl.fma(rule.grad, grad, rule.weight * weight)
+            tap += TILE
+        # All threads have read the channel before the barrier of the sum, and write it after that.
+        removed_mean = rule.mean * tl.sum(sums, axis=0)
+        tap = filter.taps * 0
+        while tap < filter.taps:
+            taps = tap + tl.arange(0, TILE)
+            mask = taps < filter.taps
+            offsets = channel * filter.channel_stride + taps * stride
+            weight, grad, momentum = _load(filter, offsets, mask, DTYPE, REAL, SPLIT, 1)
+            grad = tl.fma(rule.grad, grad, rule.weight * weight)
+            _update(
+                filter, offsets, mask, weight, grad, momentum, removed_mean, rule, DTYPE, SPLIT, 1
             )
-            sums += grad
-    else:
-        tap = taps * 0
-        while tap < taps:
-            grad, _ = _direction_grad(
-                weights, remainders, grads, offsets + tap * tap_stride, mask, rule, REAL, SPLIT
-            )
-            sums += grad
-            tap += 1
-    # Other threads may still be reading what this one is about to write.
-    tl.debug_barrier()
-    return sums
-
-
-@triton.jit
-def _update(
-    filter, rule, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
-    TILE: tl.constexpr, VECTOR: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
-    """All weights of a filter; TAPS is their number where the compiler shall know it, else 0."""
-    weights, remainders, grads, momenta = _pointers(filter, DTYPE, VECTOR)
-    has_momentum = filter.momentum != 0
-    taps = filter.taps
-    if TAPS > 0:
-        taps = TAPS
-    channels = _multiple(filter.numel // taps, VECTOR)
-    channel_tile = channels * 0
-    while channel_tile * TILE < channels:
-        first = channel_tile * TILE
-        channel = first + tl.arange(0, TILE)
-        mask = channel < channels
-        if filter.channels_last:
-            removed_mean = rule.mean * _sums_over_taps(
-                weights, remainders, grads, channel, mask, 1, channels, taps, rule, REAL, SPLIT,
-                TILE, TAPS,
-            )  # fmt: skip
-            tap = channels * 0
-            while tap < taps:
-                _update_tile(
-                    weights, remainders, grads, momenta, has_momentum, tap * channels + channel,
-                    mask, removed_mean, rule, REAL, SPLIT,
-                )  # fmt: skip
-                tap += 1
-        else:
-            removed_mean = rule.mean * _sums_over_taps(
-                weights, remainders, grads, channel, mask, taps, 1, taps, rule, REAL, SPLIT,
-                TILE, TAPS,
-            )  # fmt: skip
-            end = tl.minimum(first + TILE, channels) * taps
-            tile = channel_tile * taps
-            while tile * TILE < end:
-                offsets = tile * TILE + tl.arange(0, TILE)
-                mask = offsets < end
-                own_channel = tl.where(mask, offsets // taps - first, 0)
-                _update_tile(
-                    weights, remainders, grads, momenta, has_momentum, offsets, mask,
-                    tl.gather(removed_mean, own_channel, 0), rule, REAL, SPLIT,
-                )  # fmt: skip
-                tile += 1
-        channel_tile += 1
+            tap += TILE
+        channel += 1
 
 
 @triton.jit
 def _step(
     row, number, addresses, values, grad, grad_scale, DTYPE: tl.constexpr, REAL: tl.constexpr,
-    SPLIT: tl.constexpr, TILE: tl.constexpr,
+    SPLIT: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """Update filter `number` of the tensor that `row` describes."""
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    VECTOR: tl.constexpr = 16 // BYTES
+    # A thread has TILE / threads = 4 weights of a tile, and loads at most 16 bytes at once.
+    VECTOR: tl.constexpr = 4 if BYTES <= 4 else 2
     filter_numel = tl.load(row + _FILTER_NUMEL)
     begin = number * filter_numel
+    numel = tl.minimum(tl.load(row + _NUMEL) - begin, filter_numel).to(tl.int32)
     momentum = tl.load(row + _MOMENTUM_BUFFER)
     remainder = tl.load(row + _PARAM_REMAINDER)
+    taps = tl.load(row + _TAPS).to(tl.int32)
+    channels_last = tl.load(row + _CHANNELS_LAST) != 0
     filter = _Filter(
         weight=tl.load(row + _PARAM) + begin * BYTES,
         grad=grad + begin * BYTES,
         momentum=tl.where(momentum != 0, momentum + begin * BYTES, 0),
         remainder=tl.where(remainder != 0, remainder + begin * 2, 0),
-        numel=tl.minimum(tl.load(row + _NUMEL) - begin, filter_numel).to(tl.int32),
-        taps=tl.load(row + _TAPS).to(tl.int32),
-        channels_last=tl.load(row + _CHANNELS_LAST) != 0,
+        numel=numel,
+        taps=taps,
+        # The last block of a plain tensor is shorter than the others.
+        channels=tl.minimum(tl.load(row + _CHANNELS).to(tl.int32), numel),
+        channels_last=channels_last,
+        channel_stride=tl.where(channels_last, 1, taps),
+        tile_channels=tl.load(row + _TILE_CHANNELS).to(tl.int32),
+        reciprocal=tl.load(row + _RECIPROCAL).to(tl.int32),
+        needs_norms=tl.load(row + _NEEDS_NORMS) != 0,
     )
     hyper = _hyperparameters(row, addresses, values, momentum != 0, grad_scale, REAL)
 
-    # All threads read g before the barrier of the reductions, and one writes it after that.
     log_scale = tl.load(row + _LOG_SCALE)
-    log_scales = log_scale.to(tl.pointer_type(REAL)) + number
-    g = tl.load(log_scales, mask=log_scale != 0, other=0.0)
-    log_scale_momentum = tl.load(row + _LOG_SCALE_MOMENTUM_BUFFER)
-    log_scale_momenta = log_scale_momentum.to(tl.pointer_type(REAL)) + number
-    g_momentum = tl.load(log_scale_momenta, mask=log_scale_momentum != 0, other=0.0)
-
-    needs_norms = tl.load(row + _NEEDS_NORMS) != 0
-    aligned = (filter.weight | filter.grad | filter.momentum | filter.remainder) % 16 == 0
-    aligned = aligned & ((filter.numel // filter.taps) % VECTOR == 0)
-    if aligned:
-        weight_weight, grad_weight = _reduce(filter, needs_norms, DTYPE, REAL, SPLIT, TILE, VECTOR)
-    else:
-        weight_weight, grad_weight = _reduce(filter, needs_norms, DTYPE, REAL, SPLIT, TILE, 1)
-
-    rule, new_g, new_g_momentum = _filter_rule(
-        hyper, weight_weight, grad_weight, filter.taps, log_scale != 0, g, g_momentum, REAL
+    log_scale = tl.where(log_scale != 0, log_scale + number * (REAL.primitive_bitwidth // 8), 0)
+    scale_momentum = tl.load(row + _LOG_SCALE_MOMENTUM_BUFFER)
+    scale_momentum = tl.where(
+        scale_momentum != 0, scale_momentum + number * (REAL.primitive_bitwidth // 8), 0
     )
-    tl.store(log_scales, new_g, mask=log_scale != 0)
-    tl.store(log_scale_momenta, new_g_momentum, mask=log_scale_momentum != 0)
+    log_scales = log_scale.to(tl.pointer_type(REAL))
+    momenta = scale_momentum.to(tl.pointer_type(REAL))
+    scale = _Scale(
+        log_scale=log_scale,
+        momentum=scale_momentum,
+        g=tl.load(log_scales, mask=log_scale != 0, other=0.0),
+        g_momentum=tl.load(momenta, mask=scale_momentum != 0, other=0.0),
+    )
 
-    if rule.mean == 0:
-        if aligned:
-            _update_without_mean(filter, rule, DTYPE, REAL, SPLIT, TILE, VECTOR)
-        else:
-            _update_without_mean(filter, rule, DTYPE, REAL, SPLIT, TILE, 1)
-    elif aligned & (filter.taps == 9):
-        _update(filter, rule, DTYPE, REAL, SPLIT, TILE, VECTOR, 9)
+    tiles = tl.load(row + _TILES)
+    aligned = (filter.weight | filter.grad | filter.momentum | filter.remainder) % (
+        VECTOR * BYTES
+    ) == 0
+    row_numel = tl.where(channels_last, filter.channels, numel)
+    aligned = aligned & (row_numel % VECTOR == 0) & (filter.tile_channels > 0)
+    if not aligned:
+        _step_streamed(filter, scale, hyper, DTYPE, REAL, SPLIT, TILE, 1)
+    elif tiles <= FEW:
+        _step_held(filter, scale, hyper, DTYPE, REAL, SPLIT, TILE, FEW, VECTOR)
+    elif tiles <= MANY:
+        _step_held(filter, scale, hyper, DTYPE, REAL, SPLIT, TILE, MANY, VECTOR)
     else:
-        _update(filter, rule, DTYPE, REAL, SPLIT, TILE, 1, 0)
+        _step_streamed(filter, scale, hyper, DTYPE, REAL, SPLIT, TILE, VECTOR)
 
 
 @triton.jit(
-    do_not_specialize=["row_count", "group_count"],
-    do_not_specialize_on_alignment=[
-        "rows", "program_rows", "arguments", "grad_scale", "found_inf"
-    ],
+    do_not_specialize=["row_count", "group_count", "first_program"],
+    do_not_specialize_on_alignment=["rows", "arguments", "grad_scale", "found_inf"],
 )  # fmt: skip
 def step_kernel(
-    rows, program_rows, arguments, row_count, group_count, grad_scale, found_inf,
+    rows, arguments, row_count, group_count, first_program, grad_scale, found_inf,
     DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
+    FEW: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """Update the filter, or the block of a plain tensor, that this program owns.
 
     Args:
-        rows: the descriptor table, int64, (row_count, columns).
-        program_rows: the row of each program, int32.
+        rows: the descriptors and `TILE_FIELDS` of all tensors, int64, (row_count, columns); then
+            the row of each program.
         arguments: int64: the address of each row's gradient; for each group's hyperparameters the
-            address of a float32 that stands for it, or 0; their values, as REAL.
+            address of a float32 that stands for it, or 0; their values as float64; as float32.
+        first_program: the number of this launch's first program.
         grad_scale: what gradients are divided by, float32, or None.
         found_inf: nothing is updated where it is not 0, float32, or None.
         DTYPE: of parameters, gradients and momentum.
         REAL: of the arithmetic and of the log-scales.
         SPLIT: whether the parameters are the rounding of float32 weights, and have remainders.
-        TILE: the weights that a program has in its registers at a time.
+        TILE: the weights of a tile, four for each thread.
+        FEW, MANY: the tiles of the filters that registers hold.
     """
-    program = tl.program_id(0)
-    row_number = tl.load(program_rows + program)
-    row = rows + row_number.to(tl.int64) * _ROW_COLUMNS
+    program = first_program + tl.program_id(0)
+    row_number = tl.load(rows + row_count * _ROW_COLUMNS + program)
+    row = rows + row_number * _ROW_COLUMNS
     number = program - tl.load(row + _FIRST_FILTER)
     group = tl.load(row + _GROUP) * _GROUP_COLUMNS
     addresses = arguments + row_count
     values = addresses + group_count * _GROUP_COLUMNS
+    if REAL == tl.float32:
+        # Not every device has float64, so a float32 kernel has no instruction of it.
+        values += group_count * _GROUP_COLUMNS
     values = values.to(tl.pointer_type(REAL), bitcast=True) + group
     grad = tl.load(arguments + row_number)
     skip = tl.full([], 0.0, tl.float32)
     if found_inf is not None:
         skip = tl.load(found_inf).to(tl.float32)
     if (skip == 0) & (grad != 0):
-        _step(row, number, addresses + group, values, grad, grad_scale, DTYPE, REAL, SPLIT, TILE)
+        _step(
+            row, number, addresses + group, values, grad, grad_scale, DTYPE, REAL, SPLIT, TILE,
+            FEW, MANY,
+        )  # fmt: skip

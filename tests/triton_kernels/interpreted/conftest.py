@@ -1,5 +1,6 @@
 """What every interpreted test watches, and what it mends."""
 
+import numpy as np
 import pytest
 import torch
 import triton.language as tl
@@ -12,8 +13,14 @@ def hints_are_true(monkeypatch):
     set_attr = TensorHandle.set_attr
 
     def checked(handle, name, values):
+        # Of every group of as many as the hint says, the first is a multiple of it.
+        groups = handle.data.reshape(-1, min(values[0], handle.data.size))
         if name == "tt.divisibility":
-            assert (handle.data % values[0] == 0).all(), f"{handle.data} for a multiple of {values}"
+            assert (groups[:, 0] % values[0] == 0).all(), f"{groups} for a multiple of {values}"
+        elif name == "tt.contiguity":
+            assert (groups == groups[:, :1] + np.arange(values[0])).all(), f"{groups}"
+        elif name == "tt.constancy":
+            assert (groups == groups[:, :1]).all(), f"{groups}"
         set_attr(handle, name, values)
 
     monkeypatch.setattr(TensorHandle, "set_attr", checked)
