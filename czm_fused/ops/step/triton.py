@@ -48,7 +48,7 @@ class LaunchShape(NamedTuple):
 
 
 # Short programs are bound by latency, and more of them fit a processor with fewer warps each.
-_SHORT, _LONG, _LONG_FLOAT64 = LaunchShape(2, 1, 3), LaunchShape(8, 2, 5), LaunchShape(8, 1, 2)
+_SHORT, _LONG, _LONG_FLOAT64 = LaunchShape(2, 1, 3), LaunchShape(8, 2, 5), LaunchShape(4, 1, 3)
 # Weights in a block of a tensor without filters: as many as registers hold.
 _BLOCK_NUMEL = _LONG.many * _LONG.tile
 
