@@ -26,14 +26,33 @@ def _row(offsets, channels, spatial, CHANNELS_LAST: tl.constexpr):
         return offsets // spatial
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel", "channels", "spatial"])
 def _forward_kernel(
     output, x, residual, noise, numel, channels, spatial,
     COMPUTE_DTYPE: tl.constexpr, INDEX: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    offsets = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < numel
+    begin = tl.program_id(0).to(INDEX) * BLOCK
+    if begin + BLOCK <= numel:
+        _forward(
+            output, x, residual, noise, begin, BLOCK, channels, spatial, COMPUTE_DTYPE,
+            CHANNELS_LAST, BLOCK,
+        )  # fmt: skip
+    else:
+        _forward(
+            output, x, residual, noise, begin, numel - begin, channels, spatial, COMPUTE_DTYPE,
+            CHANNELS_LAST, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _forward(
+    output, x, residual, noise, begin, count, channels, spatial,
+    COMPUTE_DTYPE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute `count` elements; where the compiler knows that these are all, nothing is masked."""
+    slots = tl.arange(0, BLOCK)
+    offsets, mask = begin + slots, slots < count
     total = tl.load(x + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
     if residual is not None:
         total += tl.load(residual + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
@@ -45,14 +64,32 @@ def _forward_kernel(
     tl.store(output + offsets, total.to(output.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel", "channels", "spatial"])
 def _backward_kernel(
     grad_x, grad, output, noise, numel, channels, spatial,
     COMPUTE_DTYPE: tl.constexpr, INDEX: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    offsets = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < numel
+    begin = tl.program_id(0).to(INDEX) * BLOCK
+    if begin + BLOCK <= numel:
+        _backward(
+            grad_x, grad, output, noise, begin, BLOCK, channels, spatial, COMPUTE_DTYPE,
+            CHANNELS_LAST, BLOCK,
+        )  # fmt: skip
+    else:
+        _backward(
+            grad_x, grad, output, noise, begin, numel - begin, channels, spatial, COMPUTE_DTYPE,
+            CHANNELS_LAST, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward(
+    grad_x, grad, output, noise, begin, count, channels, spatial,
+    COMPUTE_DTYPE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    slots = tl.arange(0, BLOCK)
+    offsets, mask = begin + slots, slots < count
     value = tl.load(grad + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
     if noise is not None:
         row = _row(offsets, channels, spatial, CHANNELS_LAST)

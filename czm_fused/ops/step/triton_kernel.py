@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from czm_fused.ops.step.spec import DESCRIPTOR_FIELDS, FIELD, HYPERPARAMETER_NAMES
+from czm_fused.ops.triton_utils import multiple, read
 
 # What a row says of its filters beside the fields of a descriptor, see `triton.py`.
 TILE_FIELDS = ("channels", "tile_channels", "tiles", "reciprocal")
@@ -167,13 +168,6 @@ def _filter_rule(
 
 
 @triton.jit
-def _multiple(number, VECTOR: tl.constexpr):
-    """Return `number`, a multiple of VECTOR, so that the compiler sees that it is one."""
-    # No hint: those mark the number itself, for the code that knows it unaligned as well.
-    return number // VECTOR * VECTOR
-
-
-@triton.jit
 def _pointers(filter, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
     ALIGNMENT: tl.constexpr = VECTOR * DTYPE.primitive_bitwidth // 8
     weights = tl.multiple_of(filter.weight.to(tl.pointer_type(DTYPE)), ALIGNMENT)
@@ -185,10 +179,13 @@ def _pointers(filter, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _load_weight(weights, remainders, offsets, mask, REAL: tl.constexpr, SPLIT: tl.constexpr):
-    weight = tl.load(weights + offsets, mask=mask, other=0.0).to(REAL)
+def _read_weight(
+    weights, remainders, offsets, mask, REAL: tl.constexpr, SPLIT: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    weight = read(weights, offsets, mask, VECTOR).to(REAL)
     if SPLIT:
-        remainder = tl.load(remainders + offsets, mask=mask, other=0)
+        remainder = read(remainders, offsets, mask, VECTOR)
         remainder = tl.where((weight == 0) & (remainder < 0), 0, remainder)
         weight = (weight.to(tl.int32, bitcast=True) + remainder).to(tl.float32, bitcast=True)
     return weight
@@ -228,9 +225,9 @@ def _load(
 ):  # fmt: skip
     """W, dW and m."""
     weights, remainders, grads, momenta = _pointers(filter, DTYPE, VECTOR)
-    grad = tl.load(grads + offsets, mask=mask, other=0.0).to(REAL)
-    weight = _load_weight(weights, remainders, offsets, mask, REAL, SPLIT)
-    momentum = tl.load(momenta + offsets, mask=mask & (filter.momentum != 0), other=0.0).to(REAL)
+    grad = read(grads, offsets, mask, VECTOR).to(REAL)
+    weight = _read_weight(weights, remainders, offsets, mask, REAL, SPLIT, VECTOR)
+    momentum = read(momenta, offsets, mask & (filter.momentum != 0), VECTOR).to(REAL)
     return weight, grad, momentum
 
 
@@ -252,7 +249,7 @@ def _update(
 @triton.jit
 def _sums_over_taps(values, channel, filter, REAL: tl.constexpr, TILE: tl.constexpr):
     """For each weight of a tile the sum of `values` over the taps of its channel."""
-    CHANNELS: tl.constexpr = TILE // 8
+    CHANNELS: tl.constexpr = TILE // 4
     totals = tl.zeros([TILE], REAL)
     tap_stride = tl.where(filter.channels_last, filter.tile_channels, 1)
     first = filter.taps * 0
@@ -261,12 +258,12 @@ def _sums_over_taps(values, channel, filter, REAL: tl.constexpr, TILE: tl.conste
         sums = tl.zeros([CHANNELS], REAL)
         tap = filter.taps * 0
         while tap < filter.taps:
-            taps = (tap + tl.arange(0, 8))[:, None]
+            taps = (tap + tl.arange(0, 4))[:, None]
             mask = (taps < filter.taps) & (channels < filter.tile_channels)
             slots = tl.where(mask, taps * tap_stride + channels * filter.channel_stride, 0)
-            found = tl.gather(values, tl.reshape(slots, [8 * CHANNELS]), 0)
-            sums += tl.sum(tl.where(mask, tl.reshape(found, [8, CHANNELS]), 0.0), axis=0)
-            tap += 8
+            found = tl.gather(values, tl.reshape(slots, [TILE]), 0)
+            sums += tl.sum(tl.where(mask, tl.reshape(found, [4, CHANNELS]), 0.0), axis=0)
+            tap += 4
         own = channel - first
         is_here = (own >= 0) & (own < CHANNELS)
         totals = tl.where(is_here, tl.gather(sums, tl.where(is_here, own, 0), 0), totals)
@@ -346,13 +343,13 @@ def _step_streamed(
     weights, remainders, grads, _ = _pointers(filter, DTYPE, VECTOR)
     weight_weight = tl.zeros([TILE], REAL)
     grad_weight = tl.zeros([TILE], REAL)
-    end = _multiple(tl.where(filter.needs_norms, filter.numel, 0), VECTOR)
+    end = multiple(tl.where(filter.needs_norms, filter.numel, 0), VECTOR)
     begin = end * 0
     while begin < end:
         offsets = begin + tl.arange(0, TILE)
         mask = offsets < end
-        weight = _load_weight(weights, remainders, offsets, mask, REAL, SPLIT)
-        grad = tl.load(grads + offsets, mask=mask, other=0.0).to(REAL)
+        weight = _read_weight(weights, remainders, offsets, mask, REAL, SPLIT, VECTOR)
+        grad = read(grads, offsets, mask, VECTOR).to(REAL)
         weight_weight = tl.fma(weight, weight, weight_weight)
         grad_weight = tl.fma(grad, weight, grad_weight)
         begin += TILE
