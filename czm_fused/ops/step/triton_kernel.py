@@ -10,6 +10,7 @@ hands each thread the taps of one channel.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: disable-error-code="assignment, var-annotated"
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 
 from czm_fused.ops.step.spec import DESCRIPTOR_FIELDS, FIELD, HYPERPARAMETER_NAMES
+from czm_fused.ops.step.triton_rule import filter_rule, hyperparameters
 from czm_fused.ops.triton_utils import multiple, read
 
 # What a row says of its filters beside the fields of a descriptor, see `triton.py`.
@@ -47,39 +49,6 @@ _RECIPROCAL = tl.constexpr(len(DESCRIPTOR_FIELDS) + TILE_FIELDS.index("reciproca
 _RECIPROCAL_BITS = tl.constexpr(RECIPROCAL_BITS)
 
 _GROUP_COLUMNS = tl.constexpr(len(HYPERPARAMETER_NAMES))
-_LR = tl.constexpr(HYPERPARAMETER_NAMES.index("lr"))
-_MOMENTUM = tl.constexpr(HYPERPARAMETER_NAMES.index("momentum"))
-_DAMPENING = tl.constexpr(HYPERPARAMETER_NAMES.index("dampening"))
-_WEIGHT_DECAY = tl.constexpr(HYPERPARAMETER_NAMES.index("weight_decay"))
-_ZMG = tl.constexpr(HYPERPARAMETER_NAMES.index("zmg"))
-_LUMA = tl.constexpr(HYPERPARAMETER_NAMES.index("luma"))
-_NESTEROV = tl.constexpr(HYPERPARAMETER_NAMES.index("nesterov"))
-_MAXIMIZE = tl.constexpr(HYPERPARAMETER_NAMES.index("maximize"))
-
-
-class _Hyperparameters(NamedTuple):
-    lr: tl.tensor
-    momentum: tl.tensor
-    one_minus_dampening: tl.tensor
-    weight_decay: tl.tensor
-    zmg: tl.tensor
-    luma: tl.tensor
-    nesterov: tl.tensor
-    grad_factor: tl.tensor  # the sign of maximize over the scale of GradScaler
-
-
-class _FilterRule(NamedTuple):
-    """The coefficients of the weights' update, as in `csrc/update_rule.h`."""
-
-    grad: tl.tensor  # dV takes grad * dW
-    weight: tl.tensor  # and weight * W, the anchor's gradient
-    mean: tl.tensor  # times the sum over taps is what CZMG removes
-    decay: tl.tensor  # times W is added after CZMG
-    momentum: tl.tensor
-    one_minus_dampening: tl.tensor
-    keep: tl.tensor  # W' = keep * W + rate * d
-    rate: tl.tensor
-    nesterov: tl.tensor
 
 
 class _Filter(NamedTuple):
@@ -102,69 +71,6 @@ class _Scale(NamedTuple):
     momentum: tl.tensor
     g: tl.tensor
     g_momentum: tl.tensor
-
-
-@triton.jit
-def _hyperparameter(addresses, values, COLUMN: tl.constexpr, REAL: tl.constexpr):
-    address = tl.load(addresses + COLUMN)
-    on_device = tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=0.0)
-    return tl.where(address != 0, on_device.to(REAL), tl.load(values + COLUMN))
-
-
-@triton.jit
-def _hyperparameters(row, addresses, values, has_momentum, grad_scale, REAL: tl.constexpr):
-    momentum = _hyperparameter(addresses, values, _MOMENTUM, REAL)
-    dampening = _hyperparameter(addresses, values, _DAMPENING, REAL)
-    # Without momentum torch.optim.SGD ignores dampening, and so it does at a tensor's first update.
-    step = tl.load(row + _STEP)
-    updates = tl.load(step.to(tl.pointer_type(tl.float32)), mask=step != 0, other=1.0)
-    maximize = _hyperparameter(addresses, values, _MAXIMIZE, REAL) != 0
-    grad_factor = tl.where(maximize, tl.full([], -1.0, REAL), tl.full([], 1.0, REAL))
-    if grad_scale is not None:
-        grad_factor = grad_factor / tl.load(grad_scale).to(REAL)
-    return _Hyperparameters(
-        lr=_hyperparameter(addresses, values, _LR, REAL),
-        momentum=tl.where(has_momentum, momentum, 0.0),
-        one_minus_dampening=tl.where(has_momentum & (updates != 0), 1 - dampening, 1.0),
-        weight_decay=_hyperparameter(addresses, values, _WEIGHT_DECAY, REAL),
-        zmg=_hyperparameter(addresses, values, _ZMG, REAL),
-        luma=_hyperparameter(addresses, values, _LUMA, REAL),
-        nesterov=_hyperparameter(addresses, values, _NESTEROV, REAL) != 0,
-        grad_factor=grad_factor,
-    )
-
-
-@triton.jit
-def _filter_rule(
-    hyper, weight_weight, grad_weight, taps, exp_scaled, g, g_momentum, REAL: tl.constexpr
-):
-    """From <W, W> and <dW, W> to the rule of this filter, its new g, and the momentum of g."""
-    scale = tl.exp(g)
-    # 0 where exp(g) is: the direction is lost, as csrc/update_rule.h says.
-    inverse_scale = tl.where(scale > 0, 1.0 / tl.where(scale > 0, scale, 1.0), 0.0)
-    norm = tl.sqrt(weight_weight) * inverse_scale
-    anchor = 2 * hyper.luma * ((norm - 1) / tl.where(norm > 0, norm, 1.0)) * inverse_scale
-    dg = hyper.grad_factor * grad_weight
-    new_g_momentum = tl.fma(hyper.one_minus_dampening, dg, hyper.momentum * g_momentum)
-    nesterov_direction = tl.fma(hyper.momentum, new_g_momentum, dg)
-    new_g = tl.fma(-hyper.lr, tl.where(hyper.nesterov, nesterov_direction, new_g_momentum), g)
-    # Bounded, so that a weight of 0 stays 0.
-    LARGEST: tl.constexpr = 1.7976931348623157e308 if REAL == tl.float64 else 3.4028234663852886e38
-    keep = tl.exp(new_g - g)
-    keep = tl.where(keep > LARGEST, LARGEST, keep)
-    keep = tl.where(exp_scaled, keep, 1.0)
-    rule = _FilterRule(
-        grad=hyper.grad_factor * scale,
-        weight=tl.where(norm > 0, anchor, 0.0),
-        mean=tl.where(taps > 1, hyper.zmg / taps.to(REAL), 0.0),
-        decay=hyper.weight_decay * inverse_scale,
-        momentum=hyper.momentum,
-        one_minus_dampening=hyper.one_minus_dampening,
-        keep=keep,
-        rate=-hyper.lr * tl.where(exp_scaled, tl.exp(new_g), 1.0),
-        nesterov=hyper.nesterov,
-    )
-    return rule, new_g, new_g_momentum
 
 
 @triton.jit
@@ -280,9 +186,7 @@ def _update_tile(
     removed_mean = tl.zeros([TILE], REAL)
     if rule.mean != 0:
         removed_mean = rule.mean * _sums_over_taps(grad, channel, filter, REAL, TILE)
-    _update(
-        filter, offsets, mask, weight, grad, momentum, removed_mean, rule, DTYPE, SPLIT, VECTOR
-    )
+    _update(filter, offsets, mask, weight, grad, momentum, removed_mean, rule, DTYPE, SPLIT, VECTOR)
 
 
 @triton.jit
@@ -294,7 +198,7 @@ def _new_rule(filter, scale, hyper, weight_weight, grad_weight, REAL: tl.constex
     if filter.needs_norms:
         total_weight_weight = tl.sum(weight_weight, axis=0)
         total_grad_weight = tl.sum(grad_weight, axis=0)
-    rule, new_g, new_g_momentum = _filter_rule(
+    rule, new_g, new_g_momentum = filter_rule(
         hyper, total_weight_weight, total_grad_weight, filter.taps, scale.log_scale != 0, scale.g,
         scale.g_momentum, REAL,
     )  # fmt: skip
@@ -433,7 +337,8 @@ def _step(
         reciprocal=tl.load(row + _RECIPROCAL).to(tl.int32),
         needs_norms=tl.load(row + _NEEDS_NORMS) != 0,
     )
-    hyper = _hyperparameters(row, addresses, values, momentum != 0, grad_scale, REAL)
+    step = tl.load(row + _STEP)
+    hyper = hyperparameters(addresses, values, step, momentum != 0, grad_scale, REAL)
 
     log_scale = tl.load(row + _LOG_SCALE)
     log_scale = tl.where(log_scale != 0, log_scale + number * (REAL.primitive_bitwidth // 8), 0)
