@@ -1,4 +1,4 @@
-"""Launches of Triton's kernels without a GPU: what each is told, and that all sizes compile once."""
+"""Launches of Triton's kernels, without a GPU: what each is told, and that it compiles once."""
 
 import importlib
 from types import SimpleNamespace
