@@ -106,16 +106,7 @@ class RegisterFilter {
 #pragma unroll
       for (int k = 0; k < packs; ++k) subtract(direction[k], [&](int) { return removed; });
     }
-#pragma unroll
-    for (int k = 0; k < packs; k += packs_at_once) {
-      if constexpr (!asks_early) arrange(momentum_, filters_.momentum, k);
-      // The next are under way while these are updated.
-      Words next[packs_at_once] = {};
-      if (k + packs_at_once < packs) load(next, filters_.momentum, k + packs_at_once);
-      update_with(rule, direction, momentum_, k, writes);
-#pragma unroll
-      for (int n = 0; n < packs_at_once; ++n) momentum_[n] = next[n];
-    }
+    update_packs_from<0>(rule, direction, writes);
     store_weight(writes);
   }
 
@@ -311,7 +302,8 @@ class RegisterFilter {
   __device__ __forceinline__ void remove_means(T mean, Pack<T, kSize> (&direction)[packs]) {
     T* const shared = use_shared<T>(Use::by_group) + shared_begin();
     const int taps = filters_.taps;
-    const ChannelTile tile(max(numel_, 0) / taps, taps, (filters_.flags & kChannelsLast) != 0);
+    // Of thread groups without a filter, too: their lanes exchange sums with others of the warp.
+    const ChannelTile tile(filters_.filter_numel / taps, taps, filters_.flags & kChannelsLast);
 #pragma unroll
     for (int k = 0; k < packs; ++k) {
       if (first(k) < numel_) store_shared(shared + first(k), direction[k]);
@@ -333,19 +325,30 @@ class RegisterFilter {
   }
 
   // Updates the packs from `begin` on, and stores their momentum.
-  template <int count>
-  __device__ __forceinline__ void update_with(const FilterRule<T>& rule,
-                                              const Pack<T, kSize> (&direction)[packs],
-                                              Words (&momentum)[count], int begin, bool writes) {
+  template <int begin>
+  __device__ __forceinline__ void update_packs_from(const FilterRule<T>& rule,
+                                                    const Pack<T, kSize> (&direction)[packs],
+                                                    bool writes) {
+    constexpr int end = begin + packs_at_once;
+    if constexpr (!asks_early) arrange(momentum_, filters_.momentum, begin);
+    // The next are under way while these are updated.
+    Words next[packs_at_once];
+    if constexpr (end < packs) load(next, filters_.momentum, end);
 #pragma unroll
-    for (int k = 0; k < count; ++k) {
-      auto pack = pack_of<Stored>(momentum[k]);
-      update_pack(rule, weight_[begin + k], direction[begin + k], pack);
-      momentum[k] = words_of(pack);
+    for (int k = 0; k < packs_at_once; ++k) {
+      auto momentum = pack_of<Stored>(momentum_[k]);
+      update_pack(rule, weight_[begin + k], direction[begin + k], momentum);
+      momentum_[k] = words_of(momentum);
     }
-    if (!filters_.momentum) return;
-    store<count>(filters_.momentum, begin, writes,
-                 [&](int k) { return pack_of<Stored>(momentum[k]); });
+    if (filters_.momentum) {
+      store<packs_at_once>(filters_.momentum, begin, writes,
+                           [&](int k) { return pack_of<Stored>(momentum_[k]); });
+    }
+    if constexpr (end < packs) {
+#pragma unroll
+      for (int k = 0; k < packs_at_once; ++k) momentum_[k] = next[k];
+      update_packs_from<end>(rule, direction, writes);
+    }
   }
 
   const Filters<Stored>& filters_;

@@ -30,11 +30,13 @@ template <class Stored, BlockSize block> struct BlockTraits {
   static constexpr int kThreads = kIsSmall ? CZM_BLOCK_THREADS : 2 * CZM_BLOCK_THREADS;
   static constexpr int kBlocksAMultiprocessor = kIsSmall ? 2 : 1;
   // Half types are computed in float.
-  static constexpr int kPacks = sizeof(Stored) == 2 ? (kIsSmall ? 3 : 5) : sizeof(Stored) == 8 ? (kIsSmall ? 4 : 8) : (kIsSmall ? 5 : 10);
-  static constexpr int kPacksAtOnce = kIsSmall ? kPacks : sizeof(Stored) == 2 ? 1 : 2;
-  using Place = std::conditional_t<kIsSmall, Contiguous, TilePlace>;
-  using InRegisters = RegisterFilter<Stored, kPacks, kPacksAtOnce, kIsSmall && sizeof(Stored) != 2,
-                                     Place, !kIsSmall>;
+  static constexpr bool kIsHalf = sizeof(Stored) == 2, kIsDouble = sizeof(Stored) == 8;
+  static constexpr int kPacksInSmall = kIsHalf ? 3 : kIsDouble ? 4 : 5;
+  static constexpr int kPacksInLarge = kIsHalf ? 5 : kIsDouble ? 8 : 10;
+  using InRegisters = std::conditional_t<
+      kIsSmall, RegisterFilter<Stored, kPacksInSmall, kPacksInSmall, !kIsHalf, Contiguous, false>,
+      RegisterFilter<Stored, kPacksInLarge, 1, false, Contiguous, true>>;
+  using InTiles = RegisterFilter<Stored, kPacksInSmall, kPacksInSmall, false, TilePlace, true>;
   using T = opmath_type<Stored>;
   // A number for each weight that a block holds, and two for each warp.
   static constexpr int kSharedBytes =
@@ -157,7 +159,8 @@ __device__ __forceinline__ void run(const WorkItem& item, int64_t grad,
   T sums[2] = {};
   if constexpr (block == BlockSize::large) {
     if (filters.filter_numel > threads.size * InRegisters::kWeights) {
-      const TiledFilter<Stored, InRegisters> tiled(filters, its_shared, threads);
+#ifndef NOTILE
+      const TiledFilter<Stored, typename Traits::InTiles> tiled(filters, its_shared, threads);
       const Numbers numbers(arguments, item);
       RuleMaker<T> make_rule(item, 0, filters.numel > 0);
       if (item.flags & kNeedsNorms) {
@@ -168,10 +171,11 @@ __device__ __forceinline__ void run(const WorkItem& item, int64_t grad,
       const FilterRule<T> rule =
           make_rule(numbers.hyperparameters<T>(item), sums, writes && threads.rank == 0);
       tiled.update(rule, numbers.inverse_scale<T>(), arguments.grad_scale != nullptr, writes, partial);
+#endif
       return;
     }
   }
-  const typename Traits::Place place;
+  const Contiguous place;
   InRegisters in_registers(filters, its_shared, threads, place);
   const Numbers numbers(arguments, item);
   RuleMaker<T> make_rule(item, threads.number_in_warp(), in_registers.has_filter());
