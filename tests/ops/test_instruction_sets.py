@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import AVAILABLE, OPTION_CASES, OTHER_CASES, SHAPE_CASES, Problem, step_arguments
 
 from czm_fused.ops.step import operator
 from czm_fused.ops.step.descriptors import StepTensor, build_descriptors
 from czm_fused.ops.step.spec import FIELD
 from czm_fused.ops.step.tensors import TensorReader
+from helpers.cases import OPTION_CASES, OTHER_CASES, SHAPE_CASES
+from helpers.problem import Problem, step_arguments
+from helpers.step_backends import CPU
 
 BLOCK_NUMEL = 1000
 CASES = [
@@ -69,7 +71,7 @@ RUNS_HERE = {
 }
 
 
-@pytest.mark.skipif(("cpu", "cpu") not in AVAILABLE, reason="the native cpu module is not built")
+@pytest.mark.skipif(CPU.obstacle is not None, reason="the native cpu module is not built")
 @pytest.mark.parametrize("instruction_set", RUNS_HERE)
 def test_step_range(instruction_set):
     if not RUNS_HERE[instruction_set]():

@@ -5,14 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
-from cases import AVAILABLE
 
 from czm_fused.ops.step import spec, tensors
+from helpers.step_backends import CPU
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 needs_sources = pytest.mark.skipif(not CSRC.is_dir(), reason="the C++ sources are not here")
 needs_native = pytest.mark.skipif(
-    ("cpu", "cpu") not in AVAILABLE, reason="the native cpu module is not built"
+    CPU.obstacle is not None, reason="the native cpu module is not built"
 )
 
 

@@ -5,59 +5,108 @@ import random
 
 import pytest
 import torch
-from cases import (
-    AVAILABLE,
-    BACKENDS,
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.cases import (
     DTYPES,
+    GROUP_CASES,
+    INTERPRETED_CASES,
     LAYOUTS,
     OPTION_CASES,
     OTHER_CASES,
+    PATH_CASES,
     PLAIN,
     SHAPE_CASES,
     Case,
     Options,
-    Problem,
-    run,
-    step_arguments,
-    unavailable,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-on_every_backend = pytest.mark.parametrize(
-    ("backend", "device"), AVAILABLE, ids=["-on-".join(pair) for pair in AVAILABLE]
+from helpers.problem import Problem, step_arguments
+from helpers.step_backends import (
+    BACKENDS,
+    CPU,
+    CUDA_PTX,
+    HOST,
+    INTERPRETED,
+    NATIVE,
+    REFERENCE,
+    TRITON_PTX,
+    WHOLE_HOST,
+    available,
+    on,
+    parameter,
 )
 
+PARAMS, GRADS, MOMENTUM, LOG_SCALES, LOG_SCALE_MOMENTUM, STEPS = range(6)
+REMAINDERS, FLAGS, GROUPS, HYPER = range(6, 10)
 
-@pytest.mark.parametrize(("backend", "device"), BACKENDS, ids=["-on-".join(b) for b in BACKENDS])
-def test_backend_is_tested_here(backend, device):
+on_every_backend = on(BACKENDS)
+# What the operator does around the kernel needs no kernel of a GPU.
+on_native_backends = on(NATIVE)
+
+
+@pytest.mark.parametrize("backend", [parameter(backend) for backend in BACKENDS])
+def test_backend_is_tested_here(backend):
     """The matrix collects what can run; this one says why the rest is not in it."""
-    reason = unavailable(backend, device)
-    if reason is not None:
-        pytest.skip(reason)
+    if backend.obstacle is not None:
+        pytest.skip(backend.obstacle)
+
+
+EVERY_CASE = [*OPTION_CASES, *OTHER_CASES, *SHAPE_CASES, *GROUP_CASES, *PATH_CASES.values()]
 
 
 def _cases(backend):
-    # The reference has no loops of its own that shapes could break.
-    return OPTION_CASES + OTHER_CASES + (SHAPE_CASES if backend != "reference" else [])
+    """Return the cases that `backend` always runs."""
+    if backend is REFERENCE:
+        # It has no loops of its own that shapes could break.
+        return OPTION_CASES + OTHER_CASES
+    if backend is INTERPRETED:
+        return INTERPRETED_CASES
+    if backend is WHOLE_HOST:
+        # A small block does the rest as well, and quicker.
+        cases = [*GROUP_CASES, *PATH_CASES.values(), *EVERY_CASE[::60]]
+        return [case for case in cases if math.prod(case.shape) <= 100_000]
+    if backend in (CUDA_PTX, TRITON_PTX):
+        return [case for case in _exhaustive_cases(backend) if case in _SAMPLE]
+    return EVERY_CASE
 
 
-@pytest.mark.parametrize(
-    ("case", "backend", "device"),
-    [
-        pytest.param(case, backend, device, id=f"{case}-{backend}-on-{device}")
-        for backend, device in AVAILABLE
-        for case in _cases(backend)
-    ],
-)
-def test_step(case, backend, device):
-    problem = Problem(case, device)
-    run([problem], backend)
+# Every path in every dtype and layout, and of the rest what makes no new path.
+_SAMPLE = {
+    *PATH_CASES.values(),
+    *(case for case in GROUP_CASES if case.shape[1:] in ((142, 9), (285, 9), (570, 9), (2, 2561))),
+    *(case for case in OTHER_CASES if case.master_weights and case.shape[1:] in ((17, 3, 3),)),
+    *EVERY_CASE[::17],
+}
+
+
+def _exhaustive_cases(backend):
+    """Return the cases of `make ptx-check`, which takes a tenth of a second for each."""
+    if backend not in (CUDA_PTX, TRITON_PTX):
+        return []
+    most = 400_000 if backend is CUDA_PTX else 40_000
+    return [case for case in EVERY_CASE if math.prod(case.shape) <= most]
+
+
+def _matrix():
+    for backend in available(BACKENDS):
+        always = dict.fromkeys(_cases(backend))
+        for case in always:
+            yield parameter(backend, case, name=str(case))
+        for case in dict.fromkeys(_exhaustive_cases(backend)):
+            if case not in always:
+                yield parameter(backend, case, name=str(case), marks=[pytest.mark.exhaustive])
+
+
+@pytest.mark.parametrize(("case", "backend"), list(_matrix()))
+def test_step(case, backend):
+    problem = Problem(case, backend.device)
+    backend.run([problem])
     problem.check()
 
 
 @on_every_backend
-def test_step_of_many_groups_and_dtypes_in_one_call(backend, device):
+def test_step_of_many_groups_and_dtypes_in_one_call(backend):
     cases = random.Random(0).sample(OPTION_CASES, 20)
     cases += [
         Case(shape, dtype, layout, options=options)
@@ -67,23 +116,22 @@ def test_step_of_many_groups_and_dtypes_in_one_call(backend, device):
     ]
     cases += [Case((0,)), Case((0, 3, 3, 3)), Case((4, 2), options=Options(luma=0.3))]
     random.Random(1).shuffle(cases)
-    problems = [Problem(case, device, seed) for seed, case in enumerate(cases)]
-    run(problems, backend)
+    problems = [Problem(case, backend.device, seed) for seed, case in enumerate(cases)]
+    backend.run(problems)
     for problem in problems:
         problem.check()
 
 
-@on_every_backend
-def test_step_of_no_tensors(backend, device):
-    torch.ops.czm_fused.step_(
-        [], [], [], [], [], [], [], [], [], torch.zeros(1, 8, dtype=torch.float64), backend
-    )
+@on_native_backends
+def test_step_of_no_tensors(backend):
+    hyperparameters = torch.zeros(1, 8, dtype=torch.float64)
+    backend.step([[], [], [], [], [], [], [], [], [], hyperparameters, backend.backend])
 
 
-@on_every_backend
+@on((*NATIVE, HOST))
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_step_of_any_shape(backend, device, data):
+def test_step_of_any_shape(backend, data):
     draw = data.draw
     kernel = draw(st.lists(st.integers(1, 8), min_size=0, max_size=3))
     shape = (draw(st.integers(1, 4)), draw(st.integers(1, 70)), *kernel)
@@ -104,26 +152,28 @@ def test_step_of_any_shape(backend, device, data):
         ),
         offset=draw(st.integers(0, 5)),
     )
-    problem = Problem(case, device, draw(st.integers(0, 1000)))
-    run([problem], backend)
+    problem = Problem(case, backend.device, draw(st.integers(0, 1000)))
+    backend.run([problem])
     problem.check()
 
 
 @on_every_backend
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("kernel", [(1, 1), (3,), (3, 3), (5, 5)])
-def test_what_is_not_finite_stays_in_its_filter(kernel, layout, value, backend, device):
-    case = Case((5, 17, *kernel), layout=layout)
-    problem = Problem(case, device)
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 17, 1, 1), (5, 17, 3), (5, 17, 3, 3), (5, 17, 5, 5), (5, 200, 3, 3), (3, 64, 1, 1)],
+)
+def test_what_is_not_finite_stays_in_its_filter(shape, layout, value, backend):
+    problem = Problem(Case(shape, layout=layout), backend.device)
     clean = problem.expected()
     problem["grad"][2, 3].view(-1)[0] = value
     problem.remember()
-    run([problem], backend)
+    backend.run([problem])
     outputs = problem.outputs()
     assert not outputs["param"][2].isfinite().all()
+    others = [number for number in range(shape[0]) if number != 2]
     for name, expected in clean.items():
-        others = [0, 1, 3, 4]
         # As in `test_step`, but where the oracle itself is finite.
         actual = outputs[name][others].double()
         assert torch.allclose(actual, expected[others], rtol=1e-4, atol=1e-5)
@@ -133,130 +183,146 @@ def test_what_is_not_finite_stays_in_its_filter(kernel, layout, value, backend, 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [Options(), Options(luma=10.0, exp_scale=False)])
-def test_filters_of_norm_zero_have_no_anchor(options, dtype, backend, device):
-    problem = Problem(Case((3, 17, 3, 3), dtype, options=options), device)
+def test_filters_of_norm_zero_have_no_anchor(options, dtype, backend):
+    problem = Problem(Case((3, 17, 3, 3), dtype, options=options), backend.device)
     problem["param"][1] = 0
     if "log_scale" in problem.memory:
         problem["log_scale"][1] = 0
     problem.remember()
-    run([problem], backend)
+    backend.run([problem])
     problem.check()
     assert problem.outputs()["param"].isfinite().all()
 
 
 @on_every_backend
-def test_zero_gradients_and_no_rate_change_nothing(backend, device):
-    problem = Problem(Case((3, 17, 3, 3), options=Options(lr=0.0)), device)
+def test_zero_gradients_and_no_rate_change_nothing(backend):
+    problem = Problem(Case((3, 17, 3, 3), options=Options(lr=0.0)), backend.device)
     problem["grad"].zero_()
     problem.remember()
-    run([problem], backend)
+    backend.run([problem])
     # The reference forms V = W / exp(g) and multiplies again.
     assert torch.equal(problem.outputs()["param"], problem.inputs["param"]) or (
-        backend == "reference"
+        backend is REFERENCE
     )
     assert torch.equal(problem.outputs()["log_scale"], problem.inputs["log_scale"])
 
 
-@pytest.mark.parametrize(
-    ("backend", "device"),
-    # torch's own reductions, which the reference uses, split with the threads.
-    [pair for pair in AVAILABLE if pair[0] != "reference"],
-)
-def test_step_gives_the_same_bits_again_whatever_the_threads(backend, device):
+def _bits(backend, cases):
+    """Return everything that a step of the cases writes."""
+    problems = [Problem(case, backend.device, seed) for seed, case in enumerate(cases)]
+    backend.run(problems)
+    return [tensor for problem in problems for tensor in problem.outputs().values()]
+
+
+def _same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# torch's own reductions, which the reference uses, split with the threads.
+@on([backend for backend in NATIVE if backend is not REFERENCE])
+def test_step_gives_the_same_bits_again_whatever_the_threads(backend):
     cases = [
         Case(shape, dtype, layout)
         for shape in ((40, 17, 3, 3), (3, 12_001), (40_003,), (2, 3_000, 5))
         for dtype in DTYPES
         for layout in (("contiguous", "channels_last") if len(shape) > 2 else ("contiguous",))
     ]
-
-    def outputs():
-        problems = [Problem(case, device, seed) for seed, case in enumerate(cases)]
-        run(problems, backend)
-        return [tensor for problem in problems for tensor in problem.outputs().values()]
-
     threads = torch.get_num_threads()
-    first = outputs()
+    first = _bits(backend, cases)
     try:
         for count in (1, 1, 2, 3):
             torch.set_num_threads(count)
-            for a, b in zip(first, outputs(), strict=True):
-                assert torch.equal(a, b)
+            assert _same(first, _bits(backend, cases))
     finally:
         torch.set_num_threads(threads)
 
 
-@on_every_backend
-@pytest.mark.parametrize("found_inf", [None, 0.0])
-@pytest.mark.parametrize("grad_scale", [None, 1.0, 1024.0, 3.0])
-def test_gradients_are_divided_by_the_scale(grad_scale, found_inf, backend, device):
-    problems = [
-        Problem(Case(shape, dtype), device) for shape in ((3, 17, 3, 3), (40,)) for dtype in DTYPES
+@on((HOST, WHOLE_HOST, INTERPRETED))
+def test_step_gives_the_same_bits_again(backend):
+    shapes = ((2, 17, 3, 3), (1, 5001), (2, 2000, 5))
+    cases = [Case(shape, dtype) for shape in shapes for dtype in DTYPES]
+    assert _same(_bits(backend, cases), _bits(backend, cases))
+
+
+def _scales(backend):
+    if backend.is_simulated:
+        # Some of them compile a kernel for each.
+        return [(1024.0, 0.0), (3.0, 0.0)]
+    return [(scale, found) for scale in (None, 1.0, 1024.0, 3.0) for found in (None, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("grad_scale", "found_inf", "backend"),
+    [
+        parameter(backend, *scales, name=f"{scales[0]}-{scales[1]}")
+        for backend in available(BACKENDS)
+        for scales in _scales(backend)
+    ],
+)
+def test_gradients_are_divided_by_the_scale(grad_scale, found_inf, backend):
+    shapes, device = ((3, 17, 3, 3), (40,)), backend.device
+    problems = [Problem(Case(shape, dtype), device) for shape in shapes for dtype in DTYPES]
+    scales = [
+        None if value is None else torch.tensor(value, device=device)
+        for value in (grad_scale, found_inf)
     ]
-    run(
-        problems,
-        backend,
-        None if grad_scale is None else torch.tensor(grad_scale, device=device),
-        None if found_inf is None else torch.tensor(found_inf, device=device),
-    )
+    backend.run(problems, *scales)
     for problem in problems:
         problem.check(grad_scale or 1.0)
 
 
 @on_every_backend
 @pytest.mark.parametrize("found_inf", [1.0, 2.0])
-def test_nothing_changes_where_an_infinity_was_found(found_inf, backend, device):
-    options = Options(dampening=0.3)
-    problems = [Problem(Case((3, 17, 3, 3), options=options, first=first), device) for first in
-                (False, True)]
-    arguments = step_arguments(
-        problems, backend, torch.tensor(2.0, device=device), torch.tensor(found_inf, device=device)
-    )
-    steps = [step.clone() for step in arguments[5]]
-    torch.ops.czm_fused.step_(*arguments)
+def test_nothing_changes_where_an_infinity_was_found(found_inf, backend):
+    options, device = Options(dampening=0.3), backend.device
+    problems = [
+        Problem(Case((3, 17, 3, 3), options=options, first=first), device)
+        for first in (False, True)
+    ]
+    scales = torch.tensor(2.0, device=device), torch.tensor(found_inf, device=device)
+    arguments = step_arguments(problems, backend.backend, *scales)
+    steps = [step.clone() for step in arguments[STEPS]]
+    backend.step(arguments)
     for problem in problems:
         for name, value in problem.outputs().items():
             assert torch.equal(value, problem.inputs[name])
-    assert torch.equal(torch.stack(arguments[5]), torch.stack(steps))
+    assert torch.equal(torch.stack(arguments[STEPS]), torch.stack(steps))
 
 
 @on_every_backend
-def test_updates_are_counted(backend, device):
-    problem = Problem(Case((3, 17, 3, 3), options=Options(dampening=0.3), first=True), device)
-    arguments = step_arguments([problem], backend, found_inf=torch.tensor(0.0, device=device))
-    torch.ops.czm_fused.step_(*arguments)
-    torch.ops.czm_fused.step_(*arguments)
-    assert arguments[5][0].item() == 2
+def test_updates_are_counted(backend):
+    case = Case((3, 17, 3, 3), options=Options(dampening=0.3), first=True)
+    problem = Problem(case, backend.device)
+    found_inf = torch.tensor(0.0, device=backend.device)
+    arguments = step_arguments([problem], backend.backend, found_inf=found_inf)
+    backend.step(arguments)
+    backend.step(arguments)
+    assert arguments[STEPS][0].item() == 2
 
 
-@on_every_backend
-def test_mutated_tensors_get_a_new_version(backend, device):
-    problem = Problem(Case((3, 17, 3, 3)), device)
+@on_native_backends
+def test_mutated_tensors_get_a_new_version(backend):
+    problem = Problem(Case((3, 17, 3, 3)), backend.device)
     before = {name: problem[name]._version for name in problem.memory}
-    run([problem], backend)
+    backend.run([problem])
     for name in problem.memory:
         assert (problem[name]._version > before[name]) == (name != "grad")
 
 
-@on_every_backend
+@on_native_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_step_passes_opcheck(dtype, backend, device):
-    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter takes minutes for opcheck's repetitions")
+def test_step_passes_opcheck(dtype, backend):
     problems = [
-        Problem(Case((2, 3, 3, 3), dtype, options=Options(dampening=0.3)), device),
-        Problem(Case((5,), dtype), device),
+        Problem(Case((2, 3, 3, 3), dtype, options=Options(dampening=0.3)), backend.device),
+        Problem(Case((5,), dtype), backend.device),
     ]
     for problem in problems:
         problem["param"].requires_grad_()
-    torch.library.opcheck(torch.ops.czm_fused.step_, step_arguments(problems, backend))
+    arguments = step_arguments(problems, backend.backend)
+    torch.library.opcheck(torch.ops.czm_fused.step_, arguments)
 
 
-PARAMS, GRADS, MOMENTUM, LOG_SCALES, LOG_SCALE_MOMENTUM, STEPS = range(6)
-REMAINDERS, FLAGS, GROUPS, HYPER = range(6, 10)
-
-
-@pytest.mark.parametrize("backend", [backend for backend, device in AVAILABLE if device == "cpu"])
+@on([backend for backend in NATIVE if backend.device == "cpu"])
 @pytest.mark.parametrize(
     ("index", "change", "message"),
     [
@@ -285,25 +351,25 @@ REMAINDERS, FLAGS, GROUPS, HYPER = range(6, 10)
 )
 def test_what_does_not_fit_is_refused(index, change, message, backend):
     problem = Problem(Case((3, 4, 3, 3), options=Options(dampening=0.3)))
-    arguments = list(step_arguments([problem], backend))
+    arguments = list(step_arguments([problem], backend.backend))
     arguments[index] = change(arguments[index])
     with pytest.raises((RuntimeError, ValueError), match=message):
-        torch.ops.czm_fused.step_(*arguments)
+        backend.step(arguments)
     for name, value in problem.outputs().items():
         assert torch.equal(value, problem.inputs[name])
 
 
-@pytest.mark.skipif(("cpu", "cpu") not in AVAILABLE, reason="the native cpu module is not built")
+@on((CPU,))
 @pytest.mark.parametrize("options", [Options(), PLAIN])
-def test_memory_with_gaps_is_refused_by_the_kernel(options):
+def test_memory_with_gaps_is_refused_by_the_kernel(options, backend):
     problem = Problem(Case((3, 4, 3, 3), options=options))
-    arguments = list(step_arguments([problem], "cpu"))
+    arguments = list(step_arguments([problem], backend.backend))
     arguments[PARAMS] = [torch.zeros(3, 4, 3, 6)[..., ::2]]
     for index in (MOMENTUM, LOG_SCALES, LOG_SCALE_MOMENTUM):
         arguments[index] = [torch.zeros_like(x) for x in arguments[index]]
     if arguments[MOMENTUM]:
         arguments[MOMENTUM] = [torch.zeros(3, 4, 3, 6)[..., ::2]]
     with pytest.raises(ValueError, match="must be .*has strides.*backend='reference'"):
-        torch.ops.czm_fused.step_(*arguments)
+        backend.step(arguments)
 
 

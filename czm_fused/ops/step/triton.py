@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from czm_fused.ops.step.descriptors import Hyperparameters, StepTensor, build_descriptors
-from czm_fused.ops.step.device_table import DeviceTable
+from czm_fused.ops.step.device_table import DeviceTable, keep_for_replays
 from czm_fused.ops.step.spec import (
     DESCRIPTOR_FIELDS,
     FIELD,
@@ -78,7 +78,10 @@ class TritonStep:
         numbers = self._groups * len(HYPERPARAMETER_NAMES)
         self._rows = DeviceTable(len(tensors) * _COLUMNS + len(self._program_rows), device)
         self._arguments = DeviceTable(len(tensors) + 2 * numbers + (numbers + 1) // 2, device)
+        # What was sent last, and what it was made of.
         self._described, self._words = b"", np.empty(0, dtype=np.int64)
+        self._argued: tuple[bytes, Hyperparameters | None] = b"", None
+        self._argument_words = np.empty(0, dtype=np.int64)
 
     def __call__(
         self,
@@ -93,23 +96,28 @@ class TritonStep:
             rows = np.concatenate([descriptors, self._tiles], axis=1)
             self._words = np.concatenate([rows.ravel(), self._program_rows])
             self._described = described
+        grad_bytes = grads.tobytes()
+        if grad_bytes != self._argued[0] or hyperparameters is not self._argued[1]:
+            self._argument_words = self._words_of(grad_bytes, hyperparameters)
+            self._argued = grad_bytes, hyperparameters
         with current(self._device):
-            arguments = (
+            if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                states = [list(state.values()) for state in inputs.states if state]
+                keep_for_replays(states, hyperparameters, grad_scale, found_inf)
+            rows, arguments = (
                 self._rows.send(self._words),
-                self._arguments.send(self._argument_words(grads, hyperparameters)),
-                len(grads),
-                self._groups,
+                self._arguments.send(self._argument_words),
             )
             for launch in self._launches:
-                launch(*arguments, grad_scale, found_inf)
+                launch(rows, arguments, len(grads), self._groups, grad_scale, found_inf)
 
-    def _argument_words(self, grads: np.ndarray, hyperparameters: Hyperparameters) -> np.ndarray:
+    def _words_of(self, grads: bytes, hyperparameters: Hyperparameters) -> np.ndarray:
         addresses = hyperparameters.addresses[: self._groups]
         values = hyperparameters.values[: self._groups]
         # float64 stays out of a float32 kernel, since not every device has it.
         rounded = np.zeros(values.size + values.size % 2, dtype=np.float32)
         rounded[: values.size] = values.ravel()
-        data = grads.tobytes() + addresses.tobytes() + values.tobytes() + rounded.tobytes()
+        data = grads + addresses.tobytes() + values.tobytes() + rounded.tobytes()
         return np.frombuffer(data, dtype=np.int64)
 
 

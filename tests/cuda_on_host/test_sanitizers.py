@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent / "shim/run_cases.py"
+from cuda_on_host import build
+
+pytestmark = pytest.mark.simulated
+
+SCRIPT = Path(__file__).resolve().parent / "run_cases.py"
 
 ASAN_OPTIONS = "detect_leaks=0:verify_asan_link_order=0"
 TSAN_OPTIONS = "halt_on_error=1:die_after_fork=0:symbolize=0"
@@ -40,15 +44,23 @@ def run_under(libraries, module, task):
     )
 
 
+def built(name):
+    """Return the path of a module of the kernels."""
+    reason = build.obstacle()
+    if reason is not None:
+        pytest.skip(f"the CUDA kernels cannot be built for the host: {reason}")
+    return build.build(name)
+
+
 @pytest.fixture(scope="module")
-def under_address_sanitizer(build_host_kernels):
-    module = build_host_kernels("address")
+def under_address_sanitizer():
+    module = built("address")
     return lambda task: run_under(("libasan.so", "libubsan.so"), module, task)
 
 
 @pytest.fixture(scope="module")
-def under_thread_sanitizer(build_host_kernels):
-    module = build_host_kernels("thread")
+def under_thread_sanitizer():
+    module = built("thread")
     return lambda task: run_under(("libtsan.so",), module, task)
 
 

@@ -12,7 +12,7 @@ from czm_fused.ops.step import reference
 from czm_fused.ops.step.spec import compute_dtype
 
 if TYPE_CHECKING:
-    from cases import Case
+    from helpers.cases import Case
 
 
 def error_bounds(

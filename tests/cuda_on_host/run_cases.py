@@ -10,34 +10,32 @@ import random
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "ops")]
+# Not this file's folder, but the tests'.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch  # noqa: E402
-from cases import (  # noqa: E402
+
+from cuda_on_host.build import load  # noqa: E402
+from cuda_on_host.step import HostStep  # noqa: E402
+from czm_fused.ops.step.spec import FIELD  # noqa: E402
+from helpers.cases import (  # noqa: E402
     DTYPES,
+    MEAN,
     OPTION_CASES,
     OTHER_CASES,
     SHAPE_CASES,
     Case,
     Options,
-    Problem,
-    run,
 )
-from host_kernels import HostStep, load, make_host_runner  # noqa: E402
+from helpers.problem import Problem, step_arguments  # noqa: E402
+from helpers.stand_in import standing_in  # noqa: E402
 
-from czm_fused.ops.step import plan  # noqa: E402
-from czm_fused.ops.step.spec import FIELD  # noqa: E402
-
-# Each way through the kernel: a warp a filter, two warps a filter, either through shared memory (in
-# a dtype that lies there otherwise than its sums, and with the spatial mean alone, so that no other
-# barrier comes to help), in tiles, channel by channel.
-_MEAN = Options(luma=0.0, exp_scale=False)
+# `PATH_CASES` for blocks of two warps.
 PATHS = {
     "warp": Case((3, 32, 3, 3)),
     "block": Case((2, 96, 3, 3), layout="channels_last"),
-    "staged warp": Case((3, 5, 3, 3), torch.bfloat16, options=_MEAN),
-    "staged block": Case((2, 95, 3, 3), torch.bfloat16, options=_MEAN),
+    "staged warp": Case((3, 5, 3, 3), torch.bfloat16, options=MEAN),
+    "staged block": Case((2, 95, 3, 3), torch.bfloat16, options=MEAN),
     "tiles": Case((1, 200, 3, 3), layout="channels_last"),
     "long channels": Case((1, 2, 1500)),
 }
@@ -51,9 +49,13 @@ def in_tight_memory(case: Case) -> Problem:
     return problem
 
 
+def run(problems: list[Problem], *scales: torch.Tensor) -> None:
+    torch.ops.czm_fused.step_(*step_arguments(problems, "cuda", *scales))
+
+
 def check(case: Case) -> None:
     problem = in_tight_memory(case)
-    run([problem], "cpu")
+    run([problem])
     problem.check()
 
 
@@ -64,7 +66,7 @@ def matrix() -> None:
     for case in [*cases, *PATHS.values()]:
         check(case)
     problems = [in_tight_memory(case) for case in cases[:60]]
-    run(problems, "cpu", torch.tensor(2.0), torch.tensor(0.0))
+    run(problems, torch.tensor(2.0), torch.tensor(0.0))
     for problem in problems:
         problem.check(2.0)
 
@@ -77,36 +79,38 @@ class OverreadingStep(HostStep):
         self.descriptors[:, [FIELD["filter_numel"], FIELD["numel"]]] += 1
 
 
-def make_overreading_runner(backend, tensors, device):
-    step = OverreadingStep(tensors, device)
-    return step, step.descriptors
-
-
 def overread() -> None:
-    plan.make_runner = make_overreading_runner
-    run([in_tight_memory(Case((1, 16, 1, 1), options=Options(zmg=0.0)))], "cpu")
+    run([in_tight_memory(Case((1, 16, 1, 1), options=Options(zmg=0.0)))])
 
 
-def barriers() -> None:
+def barriers(kernels) -> None:
     """Run every path, and again without each of its barriers, each time in a process of its own."""
     for case in PATHS.values():
         check(case)
     print("paths done", flush=True)
     for name, case in PATHS.items():
         check(case)
-        for number in range(HostStep.kernels.barriers_met()):
+        for number in range(kernels.barriers_met()):
             sys.stdout.flush()
             child = os.fork()
             if child == 0:
-                HostStep.kernels.skip_barrier(number)
-                run([in_tight_memory(case)], "cpu")
+                kernels.skip_barrier(number)
+                run([in_tight_memory(case)])
                 os._exit(0)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             print(f"{name}: without barrier {number}: {'missed' if status == 0 else 'caught'}")
 
 
-if __name__ == "__main__":
-    HostStep.kernels = load(Path(sys.argv[1]))
-    plan.make_runner = make_host_runner
-    {"matrix": matrix, "overread": overread, "barriers": barriers}[sys.argv[2]]()
+def main() -> None:
+    kernels, task = load(Path(sys.argv[1])), sys.argv[2]
+    step = OverreadingStep if task == "overread" else HostStep
+    with standing_in(step.with_kernels(kernels)):
+        if task == "barriers":
+            barriers(kernels)
+        else:
+            {"matrix": matrix, "overread": overread}[task]()
     print("done")
+
+
+if __name__ == "__main__":
+    main()
