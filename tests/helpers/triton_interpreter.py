@@ -109,8 +109,8 @@ def _mend() -> None:
     set_attr, cast = TensorHandle.set_attr, InterpreterBuilder.cast_impl
 
     def checked(handle: Any, name: str, values: Sequence[int]) -> None:
-        # A wrong hint faults on a GPU, or reads other elements, and there alone. Of each group of as
-        # many elements as the hint says, the first is a multiple of that.
+        # A wrong hint faults on a GPU, or reads other elements, and there alone. In groups of as
+        # many elements as the hint says, the first of each is a multiple of that.
         groups = handle.data.reshape(-1, min(values[0], handle.data.size))
         if name == "tt.divisibility":
             assert (groups[:, 0] % values[0] == 0).all(), f"{groups} for a multiple of {values}"

@@ -104,12 +104,9 @@ class TritonStep:
             if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 states = [list(state.values()) for state in inputs.states if state]
                 keep_for_replays(states, hyperparameters, grad_scale, found_inf)
-            rows, arguments = (
-                self._rows.send(self._words),
-                self._arguments.send(self._argument_words),
-            )
+            tables = self._rows.send(self._words), self._arguments.send(self._argument_words)
             for launch in self._launches:
-                launch(rows, arguments, len(grads), self._groups, grad_scale, found_inf)
+                launch(*tables, len(grads), self._groups, grad_scale, found_inf)
 
     def _words_of(self, grads: bytes, hyperparameters: Hyperparameters) -> np.ndarray:
         addresses = hyperparameters.addresses[: self._groups]
