@@ -66,6 +66,16 @@ class _Filter(NamedTuple):
     needs_norms: tl.tensor
 
 
+class _Sources(NamedTuple):
+    """Where the rule of a filter is read from: addresses, or 0."""
+
+    hyper_addresses: tl.tensor
+    hyper_values: tl.tensor
+    step: tl.tensor
+    log_scale: tl.tensor
+    log_scale_momentum: tl.tensor
+
+
 class _Scale(NamedTuple):
     log_scale: tl.tensor  # addresses, or 0
     momentum: tl.tensor
@@ -190,6 +200,27 @@ def _update_tile(
 
 
 @triton.jit
+def _read_sources(filter, sources, grad_scale, REAL: tl.constexpr):
+    """The hyperparameters and the log-scale: asked for after the weights, and needed with them."""
+    hyper = hyperparameters(
+        sources.hyper_addresses,
+        sources.hyper_values,
+        sources.step,
+        filter.momentum != 0,
+        grad_scale,
+        REAL,
+    )
+    log_scale, momentum = sources.log_scale, sources.log_scale_momentum
+    scale = _Scale(
+        log_scale=log_scale,
+        momentum=momentum,
+        g=tl.load(log_scale.to(tl.pointer_type(REAL)), mask=log_scale != 0, other=0.0),
+        g_momentum=tl.load(momentum.to(tl.pointer_type(REAL)), mask=momentum != 0, other=0.0),
+    )
+    return hyper, scale
+
+
+@triton.jit
 def _new_rule(filter, scale, hyper, weight_weight, grad_weight, REAL: tl.constexpr):
     """The rule of the filter, from each thread's sums over weights; updates its log-scale."""
     # Zeros where the rule does not need them.
@@ -210,7 +241,7 @@ def _new_rule(filter, scale, hyper, weight_weight, grad_weight, REAL: tl.constex
 
 @triton.jit
 def _step_held(
-    filter, scale, hyper, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
+    filter, sources, grad_scale, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Step a filter of at most TILES tiles, which registers hold."""
@@ -220,6 +251,7 @@ def _step_held(
     for number in tl.static_range(TILES):
         offsets, mask, _ = _tile(filter, number * filter.tile_channels, TILE, VECTOR)
         held = held + (_load(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR),)
+    hyper, scale = _read_sources(filter, sources, grad_scale, REAL)
     for number in tl.static_range(TILES):
         weight, grad, _ = held[number]
         weight_weight = tl.fma(weight, weight, weight_weight)
@@ -240,10 +272,11 @@ def _step_held(
 
 @triton.jit
 def _step_streamed(
-    filter, scale, hyper, DTYPE: tl.constexpr, REAL: tl.constexpr,
+    filter, sources, grad_scale, DTYPE: tl.constexpr, REAL: tl.constexpr,
     SPLIT: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Step a filter of any size, which is read twice."""
+    hyper, scale = _read_sources(filter, sources, grad_scale, REAL)
     weights, remainders, grads, _ = _pointers(filter, DTYPE, VECTOR)
     weight_weight = tl.zeros([TILE], REAL)
     grad_weight = tl.zeros([TILE], REAL)
@@ -308,10 +341,11 @@ def _update_wide(
 
 @triton.jit
 def _step(
-    row, number, addresses, values, grad, grad_scale, DTYPE: tl.constexpr, REAL: tl.constexpr,
-    SPLIT: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr,
+    row, number, is_stepped, addresses, values, grad, grad_scale, DTYPE: tl.constexpr,
+    REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr,
+    MANY: tl.constexpr,
 ):  # fmt: skip
-    """Update filter `number` of the tensor that `row` describes."""
+    """Update filter `number` of the tensor that `row` describes, if it is stepped."""
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     # A thread has TILE / threads = 4 weights of a tile, and loads at most 16 bytes at once.
     VECTOR: tl.constexpr = 4 if BYTES <= 4 else 2
@@ -337,22 +371,15 @@ def _step(
         reciprocal=tl.load(row + _RECIPROCAL).to(tl.int32),
         needs_norms=tl.load(row + _NEEDS_NORMS) != 0,
     )
-    step = tl.load(row + _STEP)
-    hyper = hyperparameters(addresses, values, step, momentum != 0, grad_scale, REAL)
-
     log_scale = tl.load(row + _LOG_SCALE)
-    log_scale = tl.where(log_scale != 0, log_scale + number * (REAL.primitive_bitwidth // 8), 0)
-    scale_momentum = tl.load(row + _LOG_SCALE_MOMENTUM_BUFFER)
-    scale_momentum = tl.where(
-        scale_momentum != 0, scale_momentum + number * (REAL.primitive_bitwidth // 8), 0
-    )
-    log_scales = log_scale.to(tl.pointer_type(REAL))
-    momenta = scale_momentum.to(tl.pointer_type(REAL))
-    scale = _Scale(
-        log_scale=log_scale,
-        momentum=scale_momentum,
-        g=tl.load(log_scales, mask=log_scale != 0, other=0.0),
-        g_momentum=tl.load(momenta, mask=scale_momentum != 0, other=0.0),
+    log_scale_momentum = tl.load(row + _LOG_SCALE_MOMENTUM_BUFFER)
+    scale_begin = number * (REAL.primitive_bitwidth // 8)
+    sources = _Sources(
+        hyper_addresses=addresses,
+        hyper_values=values,
+        step=tl.load(row + _STEP),
+        log_scale=tl.where(log_scale != 0, log_scale + scale_begin, 0),
+        log_scale_momentum=tl.where(log_scale_momentum != 0, log_scale_momentum + scale_begin, 0),
     )
 
     tiles = tl.load(row + _TILES)
@@ -361,14 +388,15 @@ def _step(
     ) == 0
     row_numel = tl.where(channels_last, filter.channels, numel)
     aligned = aligned & (row_numel % VECTOR == 0) & (filter.tile_channels > 0)
-    if not aligned:
-        _step_streamed(filter, scale, hyper, DTYPE, REAL, SPLIT, TILE, 1)
-    elif tiles <= FEW:
-        _step_held(filter, scale, hyper, DTYPE, REAL, SPLIT, TILE, FEW, VECTOR)
-    elif tiles <= MANY:
-        _step_held(filter, scale, hyper, DTYPE, REAL, SPLIT, TILE, MANY, VECTOR)
-    else:
-        _step_streamed(filter, scale, hyper, DTYPE, REAL, SPLIT, TILE, VECTOR)
+    if is_stepped:
+        if not aligned:
+            _step_streamed(filter, sources, grad_scale, DTYPE, REAL, SPLIT, TILE, 1)
+        elif tiles <= FEW:
+            _step_held(filter, sources, grad_scale, DTYPE, REAL, SPLIT, TILE, FEW, VECTOR)
+        elif tiles <= MANY:
+            _step_held(filter, sources, grad_scale, DTYPE, REAL, SPLIT, TILE, MANY, VECTOR)
+        else:
+            _step_streamed(filter, sources, grad_scale, DTYPE, REAL, SPLIT, TILE, VECTOR)
 
 
 @triton.jit(
@@ -408,11 +436,10 @@ def step_kernel(
         values += group_count * _GROUP_COLUMNS
     values = values.to(tl.pointer_type(REAL), bitcast=True) + group
     grad = tl.load(arguments + row_number)
-    skip = tl.full([], 0.0, tl.float32)
+    is_stepped = grad != 0
     if found_inf is not None:
-        skip = tl.load(found_inf).to(tl.float32)
-    if (skip == 0) & (grad != 0):
-        _step(
-            row, number, addresses + group, values, grad, grad_scale, DTYPE, REAL, SPLIT, TILE,
-            FEW, MANY,
-        )  # fmt: skip
+        is_stepped = is_stepped & (tl.load(found_inf) == 0)
+    _step(
+        row, number, is_stepped, addresses + group, values, grad, grad_scale, DTYPE, REAL, SPLIT,
+        TILE, FEW, MANY,
+    )  # fmt: skip
