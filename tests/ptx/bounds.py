@@ -63,7 +63,7 @@ CASES = {
 # Global loads that wait for one another before the first weight is asked for, at most.
 LOADS_BEFORE_WEIGHT = {
     "plain": {"cuda": 2, "triton": 2},
-    "GradScaler and a rate on the device": {"cuda": 5, "triton": 4},
+    "GradScaler and a rate on the device": {"cuda": 5, "triton": 3},
 }
 
 # The share of a CIFAR ResNet's blocks in which fewer than half of the threads load a weight.

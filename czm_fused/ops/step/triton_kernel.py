@@ -341,11 +341,11 @@ def _update_wide(
 
 @triton.jit
 def _step(
-    row, number, is_stepped, addresses, values, grad, grad_scale, DTYPE: tl.constexpr,
+    row, number, addresses, values, grad, grad_scale, found_inf, DTYPE: tl.constexpr,
     REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr,
     MANY: tl.constexpr,
 ):  # fmt: skip
-    """Update filter `number` of the tensor that `row` describes, if it is stepped."""
+    """Update filter `number` of the tensor that `row` describes."""
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     # A thread has TILE / threads = 4 weights of a tile, and loads at most 16 bytes at once.
     VECTOR: tl.constexpr = 4 if BYTES <= 4 else 2
@@ -388,6 +388,10 @@ def _step(
     ) == 0
     row_numel = tl.where(channels_last, filter.channels, numel)
     aligned = aligned & (row_numel % VECTOR == 0) & (filter.tile_channels > 0)
+    # Everything above has been asked for before the first of it is needed.
+    is_stepped = grad != 0
+    if found_inf is not None:
+        is_stepped = is_stepped & (tl.load(found_inf) == 0)
     if is_stepped:
         if not aligned:
             _step_streamed(filter, sources, grad_scale, DTYPE, REAL, SPLIT, TILE, 1)
@@ -427,6 +431,7 @@ def step_kernel(
     program = first_program + tl.program_id(0)
     row_number = tl.load(rows + row_count * _ROW_COLUMNS + program)
     row = rows + row_number * _ROW_COLUMNS
+    grad = tl.load(arguments + row_number)
     number = program - tl.load(row + _FIRST_FILTER)
     group = tl.load(row + _GROUP) * _GROUP_COLUMNS
     addresses = arguments + row_count
@@ -435,11 +440,7 @@ def step_kernel(
         # Not every device has float64, so a float32 kernel has no instruction of it.
         values += group_count * _GROUP_COLUMNS
     values = values.to(tl.pointer_type(REAL), bitcast=True) + group
-    grad = tl.load(arguments + row_number)
-    is_stepped = grad != 0
-    if found_inf is not None:
-        is_stepped = is_stepped & (tl.load(found_inf) == 0)
     _step(
-        row, number, is_stepped, addresses + group, values, grad, grad_scale, DTYPE, REAL, SPLIT,
+        row, number, addresses + group, values, grad, grad_scale, found_inf, DTYPE, REAL, SPLIT,
         TILE, FEW, MANY,
     )  # fmt: skip
