@@ -15,17 +15,6 @@ namespace czm {
 
 constexpr int kFilterThreads = CZM_FILTER_THREADS;
 
-template <class Stored, int size>
-__device__ __forceinline__ Pack<Stored, size> scaled(opmath_type<Stored> scale,
-                                                     const Pack<Stored, size>& pack) {
-  Pack<Stored, size> result;
-#pragma unroll
-  for (int j = 0; j < size; ++j) {
-    result.values[j] = from_opmath<Stored>(scale * to_opmath(pack.values[j]));
-  }
-  return result;
-}
-
 template <int size, class Stored>
 __global__ void __launch_bounds__(kFilterThreads)
 exp_scale_kernel(Stored* weight, const Stored* direction, const opmath_type<Stored>* log_scale,
@@ -55,7 +44,7 @@ exp_scale_backward_kernel(Stored* grad_direction, opmath_type<Stored>* grad_log_
     for (int j = 0; j < size; ++j) sum += to_opmath(dw.values[j]) * to_opmath(v.values[j]);
     inner[0] += sum;
   }
-  ThreadGroup(kFilterThreads).sum(inner, partial);
+  ThreadGroup(log2_of(kFilterThreads)).sum(inner, partial);
   if (threadIdx.x == 0) grad_log_scale[blockIdx.x] = opmath_type<Stored>(scale * inner[0]);
 }
 

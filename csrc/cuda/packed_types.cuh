@@ -30,6 +30,17 @@ template <class T, int size> struct alignas(size * sizeof(T)) Pack {
   T values[size];
 };
 
+template <class Stored, int size>
+__device__ __forceinline__ Pack<Stored, size> scaled(opmath_type<Stored> scale,
+                                                     const Pack<Stored, size>& pack) {
+  Pack<Stored, size> result;
+#pragma unroll
+  for (int j = 0; j < size; ++j) {
+    result.values[j] = from_opmath<Stored>(scale * to_opmath(pack.values[j]));
+  }
+  return result;
+}
+
 constexpr int kWidestPackBytes = 16;
 template <class T> constexpr int kWidest = kWidestPackBytes / int(sizeof(T));
 

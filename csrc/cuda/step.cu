@@ -1,53 +1,76 @@
-// czm_fused::launch_step_cuda: one launch for all tensors of a plan.
+// One launch of the step for the tensors of a dtype.
 //
-// Hyper-parameters and the addresses of the gradients are arguments of the kernel, so that nothing is
+// Hyperparameters and the addresses of the gradients are arguments of the kernel, so that nothing is
 // copied and the host never waits; a CUDA graph keeps them as they were.
-#include <torch/csrc/stable/library.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include <optional>
-
-#include "step_launch.h"
 #include "launch_utils.h"
+#include "step_launch.h"
 
 namespace czm {
 namespace {
 
-void launch_step_cuda(Tensor table, Tensor work_items, Tensor grads, Tensor groups,
-                      Tensor group_addresses, int64_t dtype, std::optional<Tensor> grad_scale,
-                      std::optional<Tensor> found_inf) {
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) * sizeof(int64_t) == sizeof(TensorDescriptor),
-                  "czm_fused: the step table has ", table.size(1), " columns");
-  STD_TORCH_CHECK(work_items.dim() == 2 && work_items.size(1) * sizeof(int64_t) == sizeof(WorkItem),
-                  "czm_fused: the work items have ", work_items.size(1), " columns");
-  STD_TORCH_CHECK(groups.dim() == 2 && groups.size(1) * sizeof(double) == sizeof(GroupRow),
-                  "czm_fused: the group table has ", groups.size(1), " columns");
-  STD_TORCH_CHECK(grads.numel() == table.size(0), "czm_fused: ", grads.numel(),
-                  " gradients for ", table.size(0), " tensors");
-  const StepLaunch step{
-      reinterpret_cast<const TensorDescriptor*>(table.const_data_ptr<int64_t>()),
-      reinterpret_cast<const WorkItem*>(work_items.const_data_ptr<int64_t>()),
-      work_items.size(0),
-      grads.const_data_ptr<int64_t>(),
-      grads.numel(),
-      reinterpret_cast<const GroupRow*>(groups.const_data_ptr<double>()),
-      group_addresses.const_data_ptr<int64_t>(),
-      groups.size(0),
-      grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
-      found_inf ? found_inf->const_data_ptr<float>() : nullptr};
-  STD_TORCH_CHECK(step.words() <= kManyWords, "czm_fused: ", step.tensor_count, " tensors in ",
-                  step.group_count, " groups are too many for one launch");
-  if (step.item_count == 0) return;
-  const auto guard = on_device_of(table);
-  choose_kernel(step, dtype, [&](auto kernel, const auto& arguments) {
-    kernel<<<unsigned(step.item_count), kBlockThreads, 0, current_stream(table)>>>(arguments);
+using torch::stable::accelerator::DeviceGuard;
+
+cudaStream_t current_stream(int device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// While it lives, this thread may do what would else end a capture, its own or another's.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+}  // namespace
+
+void launch_step(const StepLaunch& step, int device) {
+  if (step.blocks == 0) return;
+  const DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  choose_kernel(step, [&](auto kernel, const auto& arguments, int threads, int shared_bytes) {
+    if (step.has_large_blocks) {
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          shared_bytes));
+    }
+    kernel<<<unsigned(step.blocks), threads, shared_bytes, stream>>>(arguments);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-}  // namespace
+StreamState stream_of(int device) {
+  const cudaStream_t stream = current_stream(device);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  return {reinterpret_cast<int64_t>(stream), status != cudaStreamCaptureStatusNone};
+}
 
-STABLE_TORCH_LIBRARY_IMPL(czm_fused, CUDA, m) {
-  m.impl("launch_step_cuda", TORCH_BOX(&launch_step_cuda));
+int64_t most_words(int device) {
+  int driver = 0, major = 0;
+  STD_CUDA_CHECK(cudaDriverGetVersion(&driver));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  // As torch asks for its own multi-tensor kernels.
+  return driver >= 12010 && major >= 7 ? kManyWords : kFewWords;
+}
+
+int64_t keep_on_device(int device, const void* data, size_t bytes) {
+  const DeviceGuard guard(device);
+  const RelaxedCapture relaxed;
+  void* memory = nullptr;
+  STD_CUDA_CHECK(cudaMalloc(&memory, bytes));
+  // A stream that no capture is on and that waits for no other.
+  cudaStream_t stream = nullptr;
+  STD_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  STD_CUDA_CHECK(cudaMemcpyAsync(memory, data, bytes, cudaMemcpyHostToDevice, stream));
+  STD_CUDA_CHECK(cudaStreamSynchronize(stream));
+  STD_CUDA_CHECK(cudaStreamDestroy(stream));
+  return reinterpret_cast<int64_t>(memory);
 }
 
 }  // namespace czm

@@ -1,66 +1,64 @@
-// From the tensors of a launch to its arguments: what the device and the tests' host run share.
+// From what a launch is given to its arguments: what the device and the tests' host run share.
 #pragma once
 
 #include <cstring>
+#include <stdexcept>
 
+#include "../descriptors.h"
+#include "step.h"
 #include "step_kernel.cuh"
 
 namespace czm {
 
-// What czm_fused::launch_step_cuda is given.
-struct StepLaunch {
-  const TensorDescriptor* rows;
-  const WorkItem* items;
-  int64_t item_count;
-  const int64_t* grads;
-  int64_t tensor_count;
-  const GroupRow* groups;
-  const int64_t* group_addresses;
-  int64_t group_count;
-  const float* grad_scale;
-  const float* found_inf;
+inline int64_t words_of(const StepLaunch& step) {
+  return 2 * kGroupWords * step.groups + step.tensors;
+}
 
-  int64_t words() const { return 2 * kGroupWords * group_count + tensor_count; }
+template <int words> StepArguments<words> arguments_of(const StepLaunch& step) {
+  StepArguments<words> result;
+  result.items = step.items;
+  result.grad_scale = step.grad_scale;
+  result.found_inf = step.found_inf;
+  result.groups = step.groups;
+  const int64_t group_words = kGroupWords * step.groups;
+  std::memcpy(result.words, step.hyperparameters, group_words * sizeof(int64_t));
+  std::memcpy(result.words + group_words, step.hyperparameter_addresses,
+              group_words * sizeof(int64_t));
+  std::memcpy(result.words + 2 * group_words, step.grads, step.tensors * sizeof(int64_t));
+  return result;
+}
 
-  template <int words_> StepArguments<words_> arguments() const {
-    StepArguments<words_> result;
-    result.rows = rows;
-    result.items = items;
-    result.grad_scale = grad_scale;
-    result.found_inf = found_inf;
-    result.groups = group_count;
-    const int64_t group_words = kGroupWords * group_count;
-    std::memcpy(result.words, groups, group_words * sizeof(int64_t));
-    std::memcpy(result.words + group_words, group_addresses, group_words * sizeof(int64_t));
-    std::memcpy(result.words + 2 * group_words, grads, tensor_count * sizeof(int64_t));
-    return result;
-  }
-};
-
-// Calls launch(kernel, arguments) with the kernel for tensors of one dtype, or of any (-1), and for
-// as many words as it takes.
-template <class Launch> void choose_kernel(const StepLaunch& step, int64_t dtype, Launch&& launch) {
-  const auto with_words = [&](auto few, auto many) {
-    if (step.words() <= kFewWords) {
-      launch(few, step.arguments<kFewWords>());
-    } else {
-      launch(many, step.arguments<kManyWords>());
-    }
+// Calls launch(kernel, arguments, threads, shared_bytes) with the kernel for the dtype and the blocks of
+// `step`, and for as many words as it takes.
+template <class Launch> void choose_kernel(const StepLaunch& step, Launch&& launch) {
+  const auto with_words = [&](auto words, auto kernel, auto traits) {
+    using Traits = decltype(traits);
+    launch(kernel, arguments_of<words>(step), Traits::kThreads, Traits::kSharedBytes);
   };
   const auto for_dtype = [&](auto stored) {
     using Stored = decltype(stored);
-    with_words(step_kernel<kFewWords, Stored>, step_kernel<kManyWords, Stored>);
+    constexpr auto small = BlockSize::small, large = BlockSize::large;
+    constexpr std::integral_constant<int, kFewWords> few;
+    constexpr std::integral_constant<int, kManyWords> many;
+    if (words_of(step) > (step.has_large_blocks ? kFewWords : kManyWords)) {
+      throw std::invalid_argument("too many tensors and groups for one launch");
+    }
+    if (step.has_large_blocks) {
+      // Few tensors have such filters, so the larger arguments are not worth a kernel.
+      with_words(few, step_kernel<kFewWords, Stored, large>, BlockTraits<Stored, large>());
+    } else if (words_of(step) <= kFewWords) {
+      with_words(few, step_kernel<kFewWords, Stored, small>, BlockTraits<Stored, small>());
+    } else {
+      with_words(many, step_kernel<kManyWords, Stored, small>, BlockTraits<Stored, small>());
+    }
   };
-  switch (dtype) {
+  switch (step.dtype) {
     case kFloat32: return for_dtype(float());
     case kFloat64: return for_dtype(double());
     case kBFloat16: return for_dtype(__nv_bfloat16());
     case kFloat16: return for_dtype(__half());
-    default: break;
+    default: throw std::invalid_argument("no such dtype");
   }
-  // Few models mix dtypes, so the smaller arguments are not worth a kernel.
-  launch(step_kernel<kManyWords, float, double, __nv_bfloat16, __half>,
-         step.arguments<kManyWords>());
 }
 
 }  // namespace czm

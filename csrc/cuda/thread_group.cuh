@@ -7,37 +7,52 @@ constexpr int kLogWarp = 5;
 constexpr int kWarp = 1 << kLogWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// `size` threads, a power of two and at least a warp. All thread groups of a block have one size and pass
-// the same barriers.
+constexpr int log2_of(int power_of_two) {
+  return power_of_two == 1 ? 0 : 1 + log2_of(power_of_two / 2);
+}
+
+// A power of two of threads, from 1 to the whole block. The thread groups of one warp have one size and
+// pass the same barriers; one of several warps has a barrier of its own.
 struct ThreadGroup {
+  int log_size;
   int size;
   int rank;  // of this thread in its thread group
 
-  __device__ explicit ThreadGroup(int size) : size(size), rank(int(threadIdx.x) & (size - 1)) {}
+  __device__ explicit ThreadGroup(int log_size)
+      : log_size(log_size), size(1 << log_size), rank(int(threadIdx.x) & (size - 1)) {}
 
-  // The number of this thread group in its block.
-  __device__ __forceinline__ int number() const { return int(threadIdx.x) / size; }
+  // The number of this thread group among those of its warp.
+  __device__ __forceinline__ int number_in_warp() const {
+    return size < kWarp ? (int(threadIdx.x) & (kWarp - 1)) >> log_size : 0;
+  }
 
   __device__ __forceinline__ void sync() const {
-    if (size == kWarp) {
+    if (size <= kWarp) {
       __syncwarp();
     } else {
-      __syncthreads();
+      // By the number of its first pair of warps, which no other has.
+      __barrier_sync_count(unsigned(int(threadIdx.x) - rank) / (2 * kWarp), unsigned(size));
     }
   }
 
-  // Replaces each number by its sum over the thread group, formed in an order that never changes. `partial`
-  // is shared memory: `count` numbers for each warp of the block, not to be used again before sync().
+  // Replaces each number by its sum over the thread group, formed in an order that never changes, and syncs:
+  // what a thread read before, another may write after. `partial` is shared memory: `count` numbers for each
+  // warp of the block, not to be used again before the next sync.
   template <int count, class T>
   __device__ __forceinline__ void sum(T (&numbers)[count], T* partial) const {
-    const int first_warp = (int(threadIdx.x) - rank) / kWarp;
 #pragma unroll
     for (int k = 0; k < count; ++k) {
 #pragma unroll
       for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-        numbers[k] += __shfl_xor_sync(kAllLanes, numbers[k], distance);
+        const T other = __shfl_xor_sync(kAllLanes, numbers[k], distance);
+        if (distance < size) numbers[k] += other;
       }
-      if (rank % kWarp == 0) partial[(first_warp + rank / kWarp) * count + k] = numbers[k];
+    }
+    if (size <= kWarp) return sync();
+    const int first_warp = (int(threadIdx.x) - rank) / kWarp;
+    if (rank % kWarp == 0) {
+#pragma unroll
+      for (int k = 0; k < count; ++k) partial[(first_warp + rank / kWarp) * count + k] = numbers[k];
     }
     sync();
 #pragma unroll

@@ -1,4 +1,6 @@
-"""What every Triton launch needs to know of a device and of a dtype."""
+"""What Triton kernels and their launches have in common."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 # mypy: disable-error-code="import-untyped"
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import triton
 import triton.language as tl
 
 from czm_fused.ops.step.spec import compute_dtype
@@ -29,3 +32,26 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     if device.index is None:
         return contextlib.nullcontext()
     return torch.accelerator.device_index(device.index)
+
+
+@triton.jit
+def multiple(number, VECTOR: tl.constexpr):
+    """Return `number`, a multiple of VECTOR, so that the compiler sees that it is one."""
+    # No hint: those mark the number itself, for the code that knows it unaligned as well.
+    return number // VECTOR * VECTOR
+
+
+@triton.jit
+def read(pointer, offsets, mask, VECTOR: tl.constexpr):
+    """Return the elements at `offsets`, those masked as 0.
+
+    Args:
+        VECTOR: how many elements of a thread follow one another and are aligned as a whole.
+    """
+    if VECTOR == 1:
+        # The compiler gives all loads of one shape the layout of the widest, where neighbouring
+        # threads do not read neighbouring elements. So these have a shape of their own.
+        values = tl.load(pointer + offsets[:, None], mask=mask[:, None], other=0)
+        return tl.reshape(values, offsets.shape)
+    else:
+        return tl.load(pointer + offsets, mask=mask, other=0)

@@ -23,6 +23,7 @@ namespace cuda_host {
 namespace {
 
 constexpr unsigned kWarp = 32;
+constexpr unsigned kNamedBarriers = 16;
 constexpr size_t kStackBytes = 512 * 1024;
 constexpr unsigned kTsanNoSynchronisation = 1;
 
@@ -34,7 +35,7 @@ void release(void* clock) {
   if (__tsan_release) __tsan_release(clock);
 }
 
-enum class State { ready, at_block_barrier, at_warp_barrier, exchanging, ended };
+enum class State { ready, at_block_barrier, at_named_barrier, at_warp_barrier, exchanging, ended };
 
 struct Fiber {
   ucontext_t context;
@@ -43,6 +44,8 @@ struct Fiber {
   State state;
   int barriers;
   int waits;
+  unsigned barrier;  // where it waits, and for how many threads
+  unsigned barrier_threads;
   unsigned exchanges;
   uint64_t offered[2];
 };
@@ -62,7 +65,7 @@ struct Machine {
   int barriers_met = 0;
   char start, end;
   // Two in turn: who is first at the next barrier must not be waited for by who leaves this one last.
-  char block_clocks[2], warp_clocks[1024 / kWarp][2];
+  char block_clocks[2], named_clocks[kNamedBarriers][2], warp_clocks[1024 / kWarp][2];
 } machine;
 
 Fiber& current() { return *machine.fibers[machine.current]; }
@@ -126,6 +129,22 @@ bool resume(unsigned first, unsigned last, State state) {
   return true;
 }
 
+// Lets those go on who wait at a named barrier with all the threads that it is for.
+void resume_named() {
+  for (unsigned barrier = 0; barrier < kNamedBarriers; ++barrier) {
+    const auto waits = [&](const std::unique_ptr<Fiber>& fiber) {
+      return fiber->state == State::at_named_barrier && fiber->barrier == barrier;
+    };
+    const auto end = machine.fibers.begin() + machine.threads;
+    const auto first = std::find_if(machine.fibers.begin(), end, waits);
+    if (first == end) continue;
+    if (std::count_if(first, end, waits) < (*first)->barrier_threads) continue;
+    for (auto fiber = first; fiber != end; ++fiber) {
+      if (waits(*fiber)) (*fiber)->state = State::ready;
+    }
+  }
+}
+
 void run_block() {
   for (unsigned t = 0; t < machine.threads; ++t) prepare(*machine.fibers[t]);
   release(&machine.start);
@@ -141,6 +160,7 @@ void run_block() {
     }
     if (ended == machine.threads) break;
     resume(0, machine.threads, State::at_block_barrier);
+    resume_named();
     for (unsigned first = 0; first < machine.threads; first += kWarp) {
       resume(first, first + kWarp, State::at_warp_barrier);
       resume(first, first + kWarp, State::exchanging);
@@ -172,6 +192,13 @@ Index block_index() { return {machine.block}; }
 Index grid_size() { return {machine.blocks}; }
 
 void wait_for_block() { wait(State::at_block_barrier, machine.block_clocks); }
+
+void wait_for_threads(unsigned barrier, unsigned threads) {
+  if (barrier >= kNamedBarriers) throw std::logic_error("there is no such barrier");
+  current().barrier = barrier;
+  current().barrier_threads = threads;
+  wait(State::at_named_barrier, machine.named_clocks[barrier]);
+}
 
 void wait_for_warp() {
   wait(State::at_warp_barrier, machine.warp_clocks[machine.current / kWarp]);

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
+#include <string_view>
 
 #include "cuda_host.h"
 
@@ -13,32 +14,46 @@ namespace {
 
 template <class T> T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
 
-void launch_step(int64_t rows, int64_t items, int64_t item_count, int64_t grads,
-                 int64_t tensor_count, int64_t groups, int64_t group_addresses,
-                 int64_t group_count, int64_t dtype, int64_t grad_scale, int64_t found_inf) {
-  const czm::StepLaunch step{pointer<const czm::TensorDescriptor>(rows),
+void launch_step(int64_t dtype, bool has_large_blocks, int64_t items, int64_t blocks,
+                 pybind11::bytes grads, int64_t tensors, pybind11::bytes hyperparameters,
+                 pybind11::bytes hyperparameter_addresses, int64_t groups, int64_t grad_scale,
+                 int64_t found_inf) {
+  const auto data = [](const pybind11::bytes& bytes) {
+    return static_cast<const void*>(std::string_view(bytes).data());
+  };
+  const czm::StepLaunch step{dtype,
+                             has_large_blocks,
                              pointer<const czm::WorkItem>(items),
-                             item_count,
-                             pointer<const int64_t>(grads),
-                             tensor_count,
-                             pointer<const czm::GroupRow>(groups),
-                             pointer<const int64_t>(group_addresses),
-                             group_count,
+                             blocks,
+                             data(grads),
+                             tensors,
+                             data(hyperparameters),
+                             data(hyperparameter_addresses),
+                             groups,
                              pointer<const float>(grad_scale),
                              pointer<const float>(found_inf)};
-  const auto run = [&](auto kernel, const auto& arguments) {
-    cuda_host::run_blocks(unsigned(item_count), czm::kBlockThreads, [&] { kernel(arguments); });
+  const auto run = [&](auto kernel, const auto& arguments, int threads, int) {
+    cuda_host::run_blocks(unsigned(blocks), threads, [&] { kernel(arguments); });
   };
 #ifdef CZM_TWO_KERNELS
   // Races do not depend on more, and compiling does.
-  const auto arguments = step.arguments<czm::kFewWords>();
-  if (dtype == czm::kFloat32) return run(czm::step_kernel<czm::kFewWords, float>, arguments);
-  if (dtype == czm::kBFloat16) {
-    return run(czm::step_kernel<czm::kFewWords, __nv_bfloat16>, arguments);
+  const auto arguments = czm::arguments_of<czm::kFewWords>(step);
+  const auto run_small = [&](auto stored) {
+    using Stored = decltype(stored);
+    constexpr auto small = czm::BlockSize::small;
+    run(czm::step_kernel<czm::kFewWords, Stored, small>, arguments,
+        czm::BlockTraits<Stored, small>::kThreads, 0);
+  };
+  constexpr auto large = czm::BlockSize::large;
+  if (dtype == czm::kFloat32 && has_large_blocks) {
+    return run(czm::step_kernel<czm::kFewWords, float, large>, arguments,
+               czm::BlockTraits<float, large>::kThreads, 0);
   }
+  if (dtype == czm::kFloat32) return run_small(float());
+  if (dtype == czm::kBFloat16 && !has_large_blocks) return run_small(__nv_bfloat16());
   throw std::invalid_argument("not compiled");
 #else
-  czm::choose_kernel(step, dtype, run);
+  czm::choose_kernel(step, run);
 #endif
 }
 
@@ -146,7 +161,8 @@ void exp_scale_backward(int64_t dtype, int64_t grad_direction, int64_t grad_log_
 }  // namespace
 
 PYBIND11_MODULE(CZM_HOST_MODULE, module) {
-  module.attr("block_threads") = czm::kBlockThreads;
+  module.attr("block_threads") = CZM_BLOCK_THREADS;
+  module.attr("few_words") = czm::kFewWords;
   module.attr("most_words") = czm::kManyWords;
   module.def("launch_step", launch_step);
   module.def("add_relu_noise", add_relu_noise);

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from cuda_on_host import build
-from czm_fused.ops.step.cuda import CudaStep
+from czm_fused.ops.step.cuda import MANY_WORDS, CudaStep, Launch
 
 
 class HostStep(CudaStep):
@@ -30,28 +30,33 @@ class HostStep(CudaStep):
         members = {"kernels": kernels, "block_threads": threads, "launches": 0}
         return type(cls.__name__, (cls,), members)
 
-    def _run(  # type: ignore[override]
+    def _run(
         self,
-        descriptors: Tensor,
-        work_items: Tensor,
-        grads: Tensor,
-        groups: Tensor,
-        group_addresses: Tensor,
-        dtype: int,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        launch: Launch,
+        table: Tensor,
+        grads: bytes,
+        hyperparameters: bytes,
+        hyperparameter_addresses: bytes,
+        grad_scale: int,
+        found_inf: int,
     ) -> None:
         type(self).launches += 1
         self.kernels.launch_step(
-            descriptors.data_ptr(),
-            work_items.data_ptr(),
-            len(work_items),
-            grads.data_ptr(),
-            len(grads),
-            groups.data_ptr(),
-            group_addresses.data_ptr(),
-            len(groups),
-            dtype,
-            0 if grad_scale is None else grad_scale.data_ptr(),
-            0 if found_inf is None else found_inf.data_ptr(),
+            launch.dtype,
+            launch.has_large_blocks,
+            table.data_ptr(),
+            launch.blocks,
+            grads,
+            len(launch.tensors),
+            hyperparameters,
+            hyperparameter_addresses,
+            len(launch.groups),
+            grad_scale,
+            found_inf,
         )
+
+    def _is_capturing(self) -> bool:
+        return False
+
+    def _most_words(self) -> int:
+        return MANY_WORDS

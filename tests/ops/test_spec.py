@@ -57,8 +57,8 @@ def test_native_module_with_swapped_names_is_refused(name, first, monkeypatch):
 @pytest.mark.parametrize("name", spec.HYPERPARAMETER_NAMES)
 def test_triton_reads_hyperparameters_by_the_same_index(name):
     pytest.importorskip("triton")
-    kernel = importlib.import_module("czm_fused.ops.step.triton_kernel")
-    assert getattr(kernel, f"_{name.upper()}").value == spec.HYPERPARAMETER_NAMES.index(name)
+    rule = importlib.import_module("czm_fused.ops.step.triton_rule")
+    assert getattr(rule, f"_{name.upper()}").value == spec.HYPERPARAMETER_NAMES.index(name)
 
 
 @pytest.mark.parametrize("name", ["param", *spec.STATE_NAMES])

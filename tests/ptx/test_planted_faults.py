@@ -63,7 +63,9 @@ def assert_trapped(match, backend, case, change=None, **members):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_broken_test_of_alignment(dtype, backend):
     case = Case((3, 16, 3, 3), dtype, offset=1)
-    change = replacing(r"^and\.b(32|64)(.*), 15$", r"and.b\1\2, 0")
+    # A thread of Triton's has four weights of a tile, which are 8 bytes of halves.
+    mask = 7 if backend is TRITON_PTX and dtype.itemsize == 2 else 15
+    change = replacing(rf"^and\.b(32|64)(.*), {mask}$", r"and.b\1\2, 0")
     assert_trapped("misaligned access", backend, case, change)
 
 

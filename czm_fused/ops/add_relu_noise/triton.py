@@ -12,50 +12,100 @@ import triton.language as tl
 from torch import Tensor
 
 from czm_fused.ops.layout import to_contiguous_or_channels_last, to_layout_of
-from czm_fused.ops.triton_utils import current, real_dtype
+from czm_fused.ops.triton_utils import current, multiple, real_dtype
 
 _BLOCK = 1024
 
 
 @triton.jit
-def _row(offsets, channels, spatial, CHANNELS_LAST: tl.constexpr):
+def _row(offsets, channels, spatial, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
     """Where the noise of the elements at `offsets` is: sample * channels + channel."""
     if CHANNELS_LAST:
+        channels = multiple(channels, VECTOR)
         return offsets // (channels * spatial) * channels + offsets % channels
     else:
-        return offsets // spatial
+        return offsets // multiple(spatial, VECTOR)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel", "channels", "spatial"])
 def _forward_kernel(
     output, x, residual, noise, numel, channels, spatial,
     COMPUTE_DTYPE: tl.constexpr, INDEX: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    offsets = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < numel
+    begin = tl.program_id(0).to(INDEX) * BLOCK
+    if begin + BLOCK > numel:
+        _forward(
+            output, x, residual, noise, begin, numel - begin, channels, spatial, COMPUTE_DTYPE,
+            CHANNELS_LAST, BLOCK, 1,
+        )  # fmt: skip
+    elif (channels if CHANNELS_LAST else spatial) % 4 == 0:
+        _forward(
+            output, x, residual, noise, begin, BLOCK, channels, spatial, COMPUTE_DTYPE,
+            CHANNELS_LAST, BLOCK, 4,
+        )  # fmt: skip
+    else:
+        _forward(
+            output, x, residual, noise, begin, BLOCK, channels, spatial, COMPUTE_DTYPE,
+            CHANNELS_LAST, BLOCK, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _forward(
+    output, x, residual, noise, begin, count, channels, spatial,
+    COMPUTE_DTYPE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Compute `count` elements; where the compiler knows that these are all, nothing is masked."""
+    slots = tl.arange(0, BLOCK)
+    offsets, mask = begin + slots, slots < count
     total = tl.load(x + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
     if residual is not None:
         total += tl.load(residual + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
     if noise is not None:
-        row = _row(offsets, channels, spatial, CHANNELS_LAST)
+        row = _row(offsets, channels, spatial, CHANNELS_LAST, VECTOR)
         total *= tl.load(noise + row, mask=mask, other=0.0)
     # NaN and -0 pass, as in torch.relu.
     total = tl.where(total < 0, 0.0, total)
     tl.store(output + offsets, total.to(output.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel", "channels", "spatial"])
 def _backward_kernel(
     grad_x, grad, output, noise, numel, channels, spatial,
     COMPUTE_DTYPE: tl.constexpr, INDEX: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    offsets = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < numel
+    begin = tl.program_id(0).to(INDEX) * BLOCK
+    if begin + BLOCK > numel:
+        _backward(
+            grad_x, grad, output, noise, begin, numel - begin, channels, spatial, COMPUTE_DTYPE,
+            CHANNELS_LAST, BLOCK, 1,
+        )  # fmt: skip
+    elif (channels if CHANNELS_LAST else spatial) % 4 == 0:
+        _backward(
+            grad_x, grad, output, noise, begin, BLOCK, channels, spatial, COMPUTE_DTYPE,
+            CHANNELS_LAST, BLOCK, 4,
+        )  # fmt: skip
+    else:
+        _backward(
+            grad_x, grad, output, noise, begin, BLOCK, channels, spatial, COMPUTE_DTYPE,
+            CHANNELS_LAST, BLOCK, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward(
+    grad_x, grad, output, noise, begin, count, channels, spatial,
+    COMPUTE_DTYPE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    slots = tl.arange(0, BLOCK)
+    offsets, mask = begin + slots, slots < count
     value = tl.load(grad + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
     if noise is not None:
-        row = _row(offsets, channels, spatial, CHANNELS_LAST)
+        row = _row(offsets, channels, spatial, CHANNELS_LAST, VECTOR)
         value *= tl.load(noise + row, mask=mask, other=0.0)
     is_off = tl.load(output + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE) <= 0
     value = tl.where(is_off, 0.0, value)

@@ -1,75 +1,109 @@
-"""The step on CUDA devices: what each block of the kernel in `csrc/cuda` has to do."""
+"""The step on CUDA devices: what each warp of the kernel in `csrc/cuda` has to do."""
 
 # torch is typed in part.
 # mypy: allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from czm_fused.ops.registry import lib
 from czm_fused.ops.step.descriptors import Hyperparameters, StepTensor, build_descriptors
-from czm_fused.ops.step.device_table import DeviceTable
+from czm_fused.ops.step.device_table import DeviceTable, keep_for_replays
 from czm_fused.ops.step.spec import DTYPES, FIELD, HYPERPARAMETER_NAMES
 from czm_fused.ops.step.tensors import StepInputs
 
-# It takes addresses, so it has no place in a compiled graph.
-lib.define(
-    "launch_step_cuda(Tensor descriptors, Tensor work_items, Tensor grad_addresses, "
-    "Tensor hyperparameters, Tensor hyperparameter_addresses, int dtype, "
-    "Tensor? grad_scale, Tensor? found_inf) -> ()"
+_WARP = 32
+_PACK_BYTES = 16
+_SECTOR_BYTES = 32
+_WORDS_A_GROUP = 2 * len(HYPERPARAMETER_NAMES)
+_MOST_FILTER_NUMEL = 2**31 - 2**20
+
+# As csrc/cuda/work_item.h has them.
+FEW_WORDS = (4096 - 32) // 8
+MANY_WORDS = (32764 - 32) // 8
+IN_PACKS, CHANNELS_LAST, NEEDS_NORMS = 1, 2, 4
+_FLAG_BITS = 3
+_PARAM_ADDRESSES = ("param", "momentum_buffer", "param_remainder")
+_FILTER_ADDRESSES = ("log_scale", "log_scale_momentum_buffer")
+WORK_ITEM = np.dtype(
+    [(name, "<i8") for name in (*_PARAM_ADDRESSES, *_FILTER_ADDRESSES, "step", "first")]
+    + [(name, "<i4") for name in ("numel", "filter_numel", "taps", "tensor", "group", "flags")]
 )
 
 
-@torch.library.register_fake("czm_fused::launch_step_cuda", lib=lib)
-def _launch_step_cuda_fake(*args: object, **kwargs: object) -> None:
-    return None
+class _Size(NamedTuple):
+    """What a thread and a warp hold of tensors of one dtype; see csrc/cuda/step_kernel.cuh."""
+
+    itemsize: int
+    compute_itemsize: int
+    small: int  # weights in a thread of a small block
+    large: int  # and of a large one
 
 
-# Of every launch, as csrc/cuda/step_kernel.cuh and step_filter.cuh have them.
-_WARP = 32
-_MOST_WORDS = (32764 - 40) // 8
-_WORDS_A_GROUP = 2 * len(HYPERPARAMETER_NAMES)
-_MIXED_DTYPES = -1
-_WEIGHTS_A_THREAD = {torch.float32: 20, torch.float64: 10, torch.bfloat16: 24, torch.float16: 24}
+_SIZES = {
+    DTYPES[torch.float32]: _Size(4, 4, 20, 40),
+    DTYPES[torch.float64]: _Size(8, 8, 8, 16),
+    DTYPES[torch.bfloat16]: _Size(2, 4, 24, 40),
+    DTYPES[torch.float16]: _Size(2, 4, 24, 40),
+}
 
 
-@dataclass(frozen=True)
-class _Launch:
-    """One launch.
+@dataclass
+class Launch:
+    """One launch, of one kernel.
 
     Attributes:
-        tensors: the tensors of the plan that it updates.
-        groups: the groups that its descriptors mean by 0, 1, ...
-        group_indices: the group of each descriptor, as an index of `groups`.
-        descriptors: on the device.
-        work_items: one row a block, int64.
-        work_item_table: the same on the device.
-        dtype: of all tensors, as descriptors number it, or `_MIXED_DTYPES`.
+        dtype: of its tensors, as descriptors number it.
+        has_large_blocks: its blocks have twice the threads, for filters that no small block holds.
+        tensors: the tensors of the plan that it updates, as indices.
+        groups: the groups that its work items mean by 0, 1, ...
+        items: what each warp does, as csrc/cuda/work_item.h has it; whole blocks.
+        blocks: how many.
+        table: the items on the device.
     """
 
-    tensors: slice
-    groups: np.ndarray
-    group_indices: np.ndarray
-    descriptors: DeviceTable
-    work_items: np.ndarray
-    work_item_table: DeviceTable
     dtype: int
+    has_large_blocks: bool
+    tensors: np.ndarray
+    groups: np.ndarray
+    items: np.ndarray
+    blocks: int
+    table: DeviceTable
+
+    def set_addresses(self, descriptors: np.ndarray) -> None:
+        """Write the addresses of `descriptors`, those of all tensors of the plan, to new items."""
+        size = _SIZES[self.dtype]
+        items = self.items.copy()
+        rows = descriptors[self.tensors][items["tensor"]]
+        filters = items["first"] // items["filter_numel"]
+        for name in (*_PARAM_ADDRESSES, *_FILTER_ADDRESSES, "step"):
+            base = rows[:, FIELD[name]]
+            offset: Any = 0
+            if name in _PARAM_ADDRESSES:
+                offset = items["first"] * (2 if name == "param_remainder" else size.itemsize)
+            elif name in _FILTER_ADDRESSES:
+                offset = filters * size.compute_itemsize
+            items[name] = np.where((base != 0) & (items["numel"] > 0), base + offset, 0)
+        items.flags.writeable = False
+        self.items = items
 
 
 class CudaStep:
-    """Runs the CUDA kernel over all tensors of a plan, in one launch.
+    """Runs the CUDA kernel over all tensors of a plan: a launch for each dtype.
 
-    The descriptors and the list of what each block does are kept on the device, and sent again
-    only when an address has changed. The addresses of the gradients and the hyperparameters, which
-    change from step to step, are arguments of the kernel. There is room for 4,090 words, one for
-    each tensor and 16 for each group; a plan that needs more makes several launches.
+    The work items are kept on the device, and sent again only when an address has changed. The
+    addresses of the gradients and the hyperparameters, which change from step to step, are
+    arguments of the kernel. There is room for 4,091 words, one for each tensor and 16 for each
+    group, or for 508 in a capture; a plan that needs more makes more launches, and so do filters
+    of more weights than a small block holds (5,120 of float32, 2,048 of float64, 6,144 of half
+    types).
 
     Args:
         tensors: the parameters as planned, all on one CUDA device; None for those not stepped.
@@ -77,18 +111,24 @@ class CudaStep:
 
     Attributes:
         descriptors: the descriptors of all tensors, without addresses.
+
+    Raises:
+        ValueError: a filter of more weights than the kernel can count.
     """
 
     block_threads: ClassVar[int] = 256
 
     def __init__(self, tensors: Sequence[StepTensor | None], device: torch.device) -> None:
-        dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-        weights = min((_WEIGHTS_A_THREAD[dtype] for dtype in dtypes), default=1)
-        self.descriptors, _ = build_descriptors(tensors, self.block_threads * weights)
-        groups = self.descriptors[:, FIELD["group"]].tolist()
-        self._launches = [
-            self._launch(self.descriptors[part], part, device) for part in _slices(groups)
-        ]
+        # Tensors without filters are cut up here.
+        self.descriptors, _ = build_descriptors(tensors, _MOST_FILTER_NUMEL)
+        if (self.descriptors[:, FIELD["filter_numel"]] > _MOST_FILTER_NUMEL).any():
+            raise ValueError(
+                f"the cuda backend takes filters of at most {_MOST_FILTER_NUMEL} weights; use "
+                "backend='reference'"
+            )
+        self._device = device
+        self._launches: dict[int, list[Launch]] = {}
+        self._addresses: dict[int, bytes] = {}
 
     def __call__(
         self,
@@ -97,81 +137,218 @@ class CudaStep:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        descriptors, grad_addresses = inputs.tables()
-        grads = torch.from_numpy(grad_addresses.copy())
-        for launch in self._launches:
-            rows = descriptors[launch.tensors].copy()
-            rows[:, FIELD["group"]] = launch.group_indices
+        is_capturing = self._is_capturing()
+        if is_capturing:
+            states = [list(state.values()) for state in inputs.states if state]
+            keep_for_replays(states, hyperparameters, grad_scale, found_inf)
+        assert inputs.addresses is not None
+        count = len(inputs.params)
+        grads = inputs.addresses[-8 * count :] if count else b""
+        launches = self._launches_at(inputs, FEW_WORDS if is_capturing else self._most_words())
+        for launch in launches:
+            is_whole = len(launch.tensors) == count
+            some_groups = len(launch.groups) != len(hyperparameters)
+            values, addresses = hyperparameters.values, hyperparameters.addresses
             self._run(
-                launch.descriptors.send(rows).view(rows.shape),
-                launch.work_item_table.send(launch.work_items).view(launch.work_items.shape),
-                grads[launch.tensors],
-                torch.from_numpy(hyperparameters.values[launch.groups]),
-                torch.from_numpy(hyperparameters.addresses[launch.groups]),
-                launch.dtype,
-                grad_scale,
-                found_inf,
+                launch,
+                launch.table.send(launch.items.view(np.int64)),
+                grads if is_whole else _select(grads, launch.tensors),
+                values[launch.groups].tobytes() if some_groups else hyperparameters.value_bytes,
+                (addresses[launch.groups] if some_groups else addresses).tobytes(),
+                0 if grad_scale is None else grad_scale.data_ptr(),
+                0 if found_inf is None else found_inf.data_ptr(),
             )
 
-    def _launch(self, rows: np.ndarray, tensors: slice, device: torch.device) -> _Launch:
+    def _launches_at(self, inputs: StepInputs, most_words: int) -> list[Launch]:
+        """Return the launches of at most so many words, with the addresses of `inputs`."""
+        launches = self._launches.get(most_words)
+        if launches is None:
+            launches = self._launches[most_words] = [
+                self._launch(dtype, has_large_blocks, part)
+                for (dtype, has_large_blocks), numbers in _kinds(
+                    self.descriptors, self.block_threads
+                ).items()
+                for part in _parts(
+                    self.descriptors, numbers, FEW_WORDS if has_large_blocks else most_words
+                )
+            ]
+        assert inputs.addresses is not None
+        addresses = inputs.addresses[: -8 * len(inputs.params)]
+        if self._addresses.get(most_words) != addresses:
+            descriptors, _ = inputs.tables()
+            for launch in launches:
+                launch.set_addresses(descriptors)
+            self._addresses[most_words] = addresses
+        return launches
+
+    def _launch(self, dtype: int, has_large_blocks: bool, tensors: np.ndarray) -> Launch:
+        rows = self.descriptors[tensors]
         groups, group_indices = np.unique(rows[:, FIELD["group"]], return_inverse=True)
-        dtypes = np.unique(rows[rows[:, FIELD["numel"]] > 0, FIELD["dtype"]])
-        work_items = _work_items(rows, self.block_threads)
-        return _Launch(
+        threads = self.block_threads * (2 if has_large_blocks else 1)
+        items = work_items(rows, group_indices, threads, has_large_blocks)
+        return Launch(
+            dtype,
+            has_large_blocks,
             tensors,
             groups,
-            group_indices,
-            DeviceTable(rows.size, device),
-            work_items,
-            DeviceTable(work_items.size, device),
-            int(dtypes[0]) if len(dtypes) == 1 else _MIXED_DTYPES,
+            items,
+            len(items) * _WARP // threads,
+            DeviceTable(items.size * WORK_ITEM.itemsize // 8, self._device),
         )
 
-    @staticmethod
-    def _run(*arguments: object) -> None:
-        torch.ops.czm_fused.launch_step_cuda.default(*arguments)
+    def _run(
+        self,
+        launch: Launch,
+        table: Tensor,
+        grads: bytes,
+        hyperparameters: bytes,
+        hyperparameter_addresses: bytes,
+        grad_scale: int,
+        found_inf: int,
+    ) -> None:
+        _native().launch_step(
+            self._device.index,
+            launch.dtype,
+            launch.has_large_blocks,
+            table.data_ptr(),
+            launch.blocks,
+            grads,
+            len(launch.tensors),
+            hyperparameters,
+            hyperparameter_addresses,
+            len(launch.groups),
+            grad_scale,
+            found_inf,
+        )
+
+    def _is_capturing(self) -> bool:
+        is_capturing: bool = _native().stream_of(self._device.index)[1]
+        return is_capturing
+
+    def _most_words(self) -> int:
+        return _most_words(self._device.index)
 
 
-def _slices(groups: Sequence[int]) -> list[slice]:
-    """Split the tensors of the given groups into launches."""
-    slices = []
+@functools.cache
+def _native() -> Any:
+    from czm_fused import _C_cuda  # type: ignore[attr-defined]
+
+    return _C_cuda
+
+
+@functools.cache
+def _most_words(device: int) -> int:
+    most_words: int = _native().most_words(device)
+    return most_words
+
+
+def _select(words: bytes, numbers: np.ndarray) -> bytes:
+    return np.frombuffer(words, dtype=np.int64)[numbers].tobytes()
+
+
+def _is_plain(rows: np.ndarray) -> np.ndarray:
+    """Return True for tensors whose weights do not depend on each other, wherever they are cut."""
+    return (rows[:, FIELD["taps"]] == 1) & (rows[:, FIELD["needs_norms"]] == 0)
+
+
+def _kinds(rows: np.ndarray, block_threads: int) -> dict[tuple[int, bool], np.ndarray]:
+    """Return the tensors of each dtype, those of large filters apart from the others."""
+    held = np.zeros(len(_SIZES), dtype=np.int64)
+    for dtype, size in _SIZES.items():
+        held[dtype] = block_threads * size.small
+    dtypes = rows[:, FIELD["dtype"]]
+    has_large_blocks = ~_is_plain(rows) & (rows[:, FIELD["filter_numel"]] > held[dtypes])
+    has_weights = rows[:, FIELD["numel"]] > 0
+    kinds = {}
+    for dtype in _SIZES:
+        for large in (False, True):
+            numbers = np.flatnonzero(has_weights & (dtypes == dtype) & (has_large_blocks == large))
+            if len(numbers):
+                kinds[dtype, large] = numbers
+    return kinds
+
+
+def _parts(rows: np.ndarray, numbers: np.ndarray, most_words: int) -> list[np.ndarray]:
+    """Split tensors into those of launches of at most so many words."""
+    parts = []
     first = 0
     used: set[int] = set()
-    for number, group in enumerate(groups):
-        words = number + 1 - first + _WORDS_A_GROUP * len(used | {group})
-        if words > _MOST_WORDS:
-            slices.append(slice(first, number))
-            first, used = number, set()
+    for n, group in enumerate(rows[numbers, FIELD["group"]].tolist()):
+        if n + 1 - first + _WORDS_A_GROUP * len(used | {group}) > most_words:
+            parts.append(numbers[first:n])
+            first, used = n, set()
         used.add(group)
-    return [*slices, slice(first, len(groups))]
+    return [*parts, numbers[first:]]
 
 
-def _work_items(rows: np.ndarray, block_threads: int) -> np.ndarray:
-    """Deal the filters of a table out to blocks.
+def work_items(
+    rows: np.ndarray, group_indices: np.ndarray, block_threads: int, has_large_blocks: bool
+) -> np.ndarray:
+    """Deal the filters of a launch out to the warps of its blocks.
 
-    A filter belongs to a team: the fewest threads, from a warp to a block, that can hold it in
-    their registers, else a whole block. So does each part of a plain tensor, a whole block where
-    the last part is shorter.
+    A filter belongs to the fewest threads, a power of two from one to a block, whose registers can
+    hold it, else to a whole block. A warp has the filters of as many such thread groups as it
+    holds; a tensor without filters is cut into pieces of what a warp holds.
+
+    Args:
+        rows: the descriptors of the launch, all of one dtype.
+        group_indices: the group of each, as the launch numbers it.
+        block_threads: threads of a block.
+        has_large_blocks: as in `Launch`.
 
     Returns:
-        A row a block, as csrc/cuda/step_kernel.cuh declares it, the blocks with most weights first.
+        A `WORK_ITEM` for each warp of whole blocks, without addresses, those of several warps and
+        of the most weights first.
     """
-    held = {DTYPES[dtype]: weights for dtype, weights in _WEIGHTS_A_THREAD.items()}
-    items = [np.empty((0, 4), dtype=np.int64)]
-    for number in np.argsort(-rows[:, FIELD["filter_numel"]], kind="stable"):
-        row = rows[number]
-        if row[FIELD["numel"]] == 0:
-            continue
-        filter_numel = row[FIELD["filter_numel"]]
-        # A plain tensor's last part, shorter than the others, may take other barriers than they do.
-        team = block_threads if row[FIELD["numel"]] % filter_numel else _WARP
-        while team < block_threads and team * held[row[FIELD["dtype"]]] < filter_numel:
-            team *= 2
-        teams = block_threads // team
-        filters = -(-row[FIELD["numel"]] // filter_numel)
-        first = np.arange(0, filters, teams)
-        count = np.minimum(teams, filters - first)
-        items.append(
-            np.stack(np.broadcast_arrays(number, first, count, team), axis=1).astype(np.int64)
-        )
-    return np.concatenate(items)
+    dealt = [
+        _deal(row, number, int(group), block_threads, has_large_blocks)
+        for number, (row, group) in enumerate(zip(rows, group_indices, strict=True))
+    ]
+    # Larger thread groups first, so that the warps of each are neighbours in one block.
+    dealt.sort(key=lambda items: (items[0]["flags"] >> _FLAG_BITS, items[0]["numel"]), reverse=True)
+    warps = block_threads // _WARP
+    count = sum(map(len, dealt))
+    idle = np.zeros(-count % warps, dtype=WORK_ITEM)
+    idle["filter_numel"] = idle["taps"] = 1
+    return np.concatenate([*dealt, idle])
+
+
+def _deal(
+    row: np.ndarray, number: int, group: int, block_threads: int, has_large_blocks: bool
+) -> np.ndarray:
+    size = _SIZES[int(row[FIELD["dtype"]])]
+    weights = size.large if has_large_blocks else size.small
+    numel, filter_numel = int(row[FIELD["numel"]]), int(row[FIELD["filter_numel"]])
+    # Large blocks have no thread group of fewer threads than a small block.
+    log_threads = (block_threads // 2).bit_length() - 1 if has_large_blocks else 0
+    if _is_plain(row[np.newaxis])[0]:
+        filter_numel, log_threads = weights * _WARP, _WARP.bit_length() - 1
+    while (1 << log_threads) < block_threads and filter_numel > weights << log_threads:
+        log_threads += 1
+    threads = 1 << log_threads
+    numel_a_warp = filter_numel * max(_WARP // threads, 1)
+    first = np.arange(0, numel, numel_a_warp)
+    items = np.zeros(len(first), dtype=WORK_ITEM)
+    items["first"] = first
+    items["numel"] = np.minimum(numel_a_warp, numel - first)
+    items["filter_numel"] = filter_numel
+    items["taps"] = row[FIELD["taps"]]
+    items["tensor"] = number
+    items["group"] = group
+    flags = CHANNELS_LAST * bool(row[FIELD["channels_last"]])
+    flags |= NEEDS_NORMS * bool(row[FIELD["needs_norms"]])
+    in_packs = (items["numel"] % (_PACK_BYTES // size.itemsize) == 0) & _is_in_packs(
+        filter_numel * size.itemsize, threads
+    )
+    items["flags"] = log_threads << _FLAG_BITS | flags | IN_PACKS * in_packs
+    return np.repeat(items, max(threads // _WARP, 1))
+
+
+def _is_in_packs(filter_bytes: int, threads: int) -> bool:
+    """Return True if the threads of a filter should each move whole packs of it.
+
+    A few threads move less than whole sectors at a time, unless these begin where sectors do.
+    """
+    if filter_bytes % _PACK_BYTES:
+        return False
+    return threads >= 8 or (threads >= 2 and filter_bytes % _SECTOR_BYTES == 0)

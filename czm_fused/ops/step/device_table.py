@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple, Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
 
-# A replay of a CUDA graph reads the tables that it was captured with, and nothing tells when the
-# graph is gone.
-_CAPTURED: list[tuple[Tensor, ...]] = []
+from czm_fused.ops import backends
+
+# A replay of a CUDA graph reads and writes the memory that it was captured with, and nothing tells
+# when the graph is gone.
+_KEPT_FOR_REPLAYS: list[object] = []
+
+
+def keep_for_replays(*objects: object) -> None:
+    """Keep what a captured kernel reads or writes for as long as the process lives."""
+    _KEPT_FOR_REPLAYS.append(objects)
+
+
+class _Native(Protocol):
+    def keep_on_device(self, device: int, data: bytes) -> int: ...
+
+
+class _Sent(NamedTuple):
+    words: np.ndarray
+    data: bytes
+    tensor: Tensor
+
+    def holds(self, words: np.ndarray) -> bool:
+        return self.words is words or self.data == words.tobytes()
 
 
 class DeviceTable:
     """A table of int64 on a device, for one plan.
 
     A table that was sent is never written again, so a kernel that still reads it is not disturbed.
+    Each stream has a table of its own, whose memory no other stream waits for or reuses.
 
     Args:
         size: the number of integers.
@@ -24,29 +48,54 @@ class DeviceTable:
     def __init__(self, size: int, device: torch.device) -> None:
         self._size = size
         self._device = device
-        self._last: tuple[bytes, int, Tensor] | None = None
+        self._by_stream: dict[int, _Sent] = {}
+        # Complete whatever the stream, and never freed.
+        self._kept: _Sent | None = None
         # Pinned memory cannot be allocated during a capture.
         self._reserved: Tensor | None = self._pinned()
+        self._captured: tuple[bytes, Tensor] | None = None
 
     def send(self, words: np.ndarray) -> Tensor:
-        """Return a tensor on the device that holds `words` when this stream reads it."""
-        data = words.tobytes()
+        """Return a tensor on the device that holds `words` when the current stream reads it.
+
+        Args:
+            words: int64, never changed afterwards.
+        """
+        if self._kept is not None and self._kept.holds(words):
+            return self._kept.tensor
+        if self._is_capturing():
+            return self._send_in_capture(words)
         stream = self._stream()
-        is_capturing = self._is_capturing()
-        if self._last is not None and self._last[:2] == (data, stream):
-            tensor = self._last[2]
-            if is_capturing:
-                _CAPTURED.append((tensor,))
+        sent = self._by_stream.get(stream)
+        if sent is None or not sent.holds(words):
+            data = words.tobytes()
+            host = self._pinned()
+            host.numpy()[:] = words.ravel()
+            sent = _Sent(words, data, host.to(self._device, non_blocking=True))
+            # What other streams were sent before is of no use to them any more.
+            self._by_stream = {
+                key: other for key, other in self._by_stream.items() if other.data == data
+            }
+            self._by_stream[stream] = sent
+        return sent.tensor
+
+    def _send_in_capture(self, words: np.ndarray) -> Tensor:
+        data = words.tobytes()
+        native = _native(self._device)
+        if native is not None:
+            memory = _DeviceMemory(native.keep_on_device(self._device.index, data), self._size)
+            tensor = torch.as_tensor(memory, device=self._device)
+            self._kept = _Sent(words, data, tensor)
             return tensor
-        host = self._pinned() if self._reserved is None or not is_capturing else self._reserved
-        host.numpy()[:] = words.ravel()
-        tensor = host.to(self._device, non_blocking=True)
-        if is_capturing:
-            # The copy runs with each replay, not before, so no eager step may use this table.
+        # The copy is part of the graph: it runs with each replay, so no other step may use its table.
+        if self._captured is None or self._captured[0] != data:
+            host = self._pinned() if self._reserved is None else self._reserved
             self._reserved = None
-            _CAPTURED.append((host, tensor))
-        else:
-            self._last = (data, stream, tensor)
+            host.numpy()[:] = words.ravel()
+            self._captured = (data, host)
+        host = self._captured[1]
+        tensor = host.to(self._device, non_blocking=True)
+        keep_for_replays(host, tensor)
         return tensor
 
     def _pinned(self) -> Tensor:
@@ -63,3 +112,25 @@ class DeviceTable:
             return False
         with torch.cuda.device(self._device):
             return torch.cuda.is_current_stream_capturing()
+
+
+class _DeviceMemory:
+    """Memory of `size` int64 at an address, for `torch.as_tensor`."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "<i8",
+            "data": (address, False),
+            "version": 2,
+        }
+
+
+@functools.cache
+def _native(device: torch.device) -> _Native | None:
+    if device.type != "cuda" or backends.problem("cuda", "cuda") is not None:
+        return None
+    from czm_fused import _C_cuda  # type: ignore[attr-defined]
+
+    native: _Native = _C_cuda
+    return native

@@ -1,16 +1,16 @@
 """The kernel of the fused step: one program updates one filter, or one block of a plain tensor.
 
-A filter is read twice: once for <W, W> and <dW, W>, and, while it is still in the cache, once for
-the update, as in `csrc/cpu/step_kernel.h`. So filters of any size take one path and few registers:
-device memory is read once, and many programs are in flight, which is what hides its latency.
+A filter is taken in tiles of TILE weights, each the taps of `tile_channels` channels. A filter of a
+few tiles is loaded as a whole, W, dW and m at once, and held in registers until it is stored: each
+weight is read once. A longer one is read twice, for <W, W> and <dW, W>, then for the update.
 
-Weights are read and written contiguously, 16 bytes a thread. Taps do not divide a power of two, so
-the sums that CZMG removes come from another read of the tile, with one channel a lane: no lane is
-padding, `TILE` channels are exactly `taps` tiles of weights, and the cache has them at hand.
+Threads hold a tile in the order of its memory, so that loads and stores are contiguous in either
+layout. The sums over the taps, which CZMG removes, are taken from shared memory, where `tl.gather`
+hands each thread the taps of one channel.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-# mypy: disable-error-code="import-untyped"
+# mypy: disable-error-code="assignment, var-annotated, import-untyped"
 
 from __future__ import annotations
 
@@ -20,8 +20,15 @@ import triton
 import triton.language as tl
 
 from czm_fused.ops.step.spec import DESCRIPTOR_FIELDS, FIELD, HYPERPARAMETER_NAMES
+from czm_fused.ops.step.triton_rule import filter_rule, hyperparameters
+from czm_fused.ops.triton_utils import multiple, read
 
-_ROW_COLUMNS = tl.constexpr(len(DESCRIPTOR_FIELDS))
+# What a row says of its filters beside the fields of a descriptor, see `triton.py`.
+TILE_FIELDS = ("channels", "tile_channels", "tiles", "reciprocal")
+# The quotient of a number below 1024 by d, rounded down, is number * ceil(2**20 / d) >> 20.
+RECIPROCAL_BITS = 20
+
+_ROW_COLUMNS = tl.constexpr(len(DESCRIPTOR_FIELDS) + len(TILE_FIELDS))
 _PARAM = tl.constexpr(FIELD["param"])
 _MOMENTUM_BUFFER = tl.constexpr(FIELD["momentum_buffer"])
 _LOG_SCALE = tl.constexpr(FIELD["log_scale"])
@@ -35,41 +42,13 @@ _CHANNELS_LAST = tl.constexpr(FIELD["channels_last"])
 _NEEDS_NORMS = tl.constexpr(FIELD["needs_norms"])
 _GROUP = tl.constexpr(FIELD["group"])
 _FIRST_FILTER = tl.constexpr(FIELD["first_filter"])
+_CHANNELS = tl.constexpr(len(DESCRIPTOR_FIELDS) + TILE_FIELDS.index("channels"))
+_TILE_CHANNELS = tl.constexpr(len(DESCRIPTOR_FIELDS) + TILE_FIELDS.index("tile_channels"))
+_TILES = tl.constexpr(len(DESCRIPTOR_FIELDS) + TILE_FIELDS.index("tiles"))
+_RECIPROCAL = tl.constexpr(len(DESCRIPTOR_FIELDS) + TILE_FIELDS.index("reciprocal"))
+_RECIPROCAL_BITS = tl.constexpr(RECIPROCAL_BITS)
 
 _GROUP_COLUMNS = tl.constexpr(len(HYPERPARAMETER_NAMES))
-_LR = tl.constexpr(HYPERPARAMETER_NAMES.index("lr"))
-_MOMENTUM = tl.constexpr(HYPERPARAMETER_NAMES.index("momentum"))
-_DAMPENING = tl.constexpr(HYPERPARAMETER_NAMES.index("dampening"))
-_WEIGHT_DECAY = tl.constexpr(HYPERPARAMETER_NAMES.index("weight_decay"))
-_ZMG = tl.constexpr(HYPERPARAMETER_NAMES.index("zmg"))
-_LUMA = tl.constexpr(HYPERPARAMETER_NAMES.index("luma"))
-_NESTEROV = tl.constexpr(HYPERPARAMETER_NAMES.index("nesterov"))
-_MAXIMIZE = tl.constexpr(HYPERPARAMETER_NAMES.index("maximize"))
-
-
-class _Hyperparameters(NamedTuple):
-    lr: tl.tensor
-    momentum: tl.tensor
-    one_minus_dampening: tl.tensor
-    weight_decay: tl.tensor
-    zmg: tl.tensor
-    luma: tl.tensor
-    nesterov: tl.tensor
-    grad_factor: tl.tensor  # the sign of maximize over the scale of GradScaler
-
-
-class _FilterRule(NamedTuple):
-    """The coefficients of the weights' update, as in `csrc/update_rule.h`."""
-
-    grad: tl.tensor  # dV takes grad * dW
-    weight: tl.tensor  # and weight * W, the anchor's gradient
-    mean: tl.tensor  # times the sum over taps is what CZMG removes
-    decay: tl.tensor  # times W is added after CZMG
-    momentum: tl.tensor
-    one_minus_dampening: tl.tensor
-    keep: tl.tensor  # W' = keep * W + rate * d
-    rate: tl.tensor
-    nesterov: tl.tensor
 
 
 class _Filter(NamedTuple):
@@ -79,83 +58,29 @@ class _Filter(NamedTuple):
     remainder: tl.tensor  # 0 without SPLIT
     numel: tl.tensor
     taps: tl.tensor
+    channels: tl.tensor
     channels_last: tl.tensor
+    channel_stride: tl.tensor
+    tile_channels: tl.tensor
+    reciprocal: tl.tensor  # of the taps, or of tile_channels where taps are outermost
+    needs_norms: tl.tensor
 
 
-@triton.jit
-def _hyperparameter(addresses, values, COLUMN: tl.constexpr, REAL: tl.constexpr):
-    address = tl.load(addresses + COLUMN)
-    on_device = tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=0.0)
-    return tl.where(address != 0, on_device.to(REAL), tl.load(values + COLUMN))
+class _Sources(NamedTuple):
+    """Where the rule of a filter is read from: addresses, or 0."""
+
+    hyper_addresses: tl.tensor
+    hyper_values: tl.tensor
+    step: tl.tensor
+    log_scale: tl.tensor
+    log_scale_momentum: tl.tensor
 
 
-@triton.jit
-def _hyperparameters(row, addresses, values, has_momentum, grad_scale, REAL: tl.constexpr):
-    momentum = _hyperparameter(addresses, values, _MOMENTUM, REAL)
-    dampening = _hyperparameter(addresses, values, _DAMPENING, REAL)
-    # Without momentum torch.optim.SGD ignores dampening, and so it does at a tensor's first update.
-    step = tl.load(row + _STEP)
-    updates = tl.load(step.to(tl.pointer_type(tl.float32)), mask=step != 0, other=1.0)
-    maximize = _hyperparameter(addresses, values, _MAXIMIZE, REAL) != 0
-    grad_factor = tl.where(maximize, tl.full([], -1.0, REAL), tl.full([], 1.0, REAL))
-    if grad_scale is not None:
-        grad_factor = grad_factor / tl.load(grad_scale).to(REAL)
-    return _Hyperparameters(
-        lr=_hyperparameter(addresses, values, _LR, REAL),
-        momentum=tl.where(has_momentum, momentum, 0.0),
-        one_minus_dampening=tl.where(has_momentum & (updates != 0), 1 - dampening, 1.0),
-        weight_decay=_hyperparameter(addresses, values, _WEIGHT_DECAY, REAL),
-        zmg=_hyperparameter(addresses, values, _ZMG, REAL),
-        luma=_hyperparameter(addresses, values, _LUMA, REAL),
-        nesterov=_hyperparameter(addresses, values, _NESTEROV, REAL) != 0,
-        grad_factor=grad_factor,
-    )
-
-
-@triton.jit
-def _filter_rule(
-    hyper, weight_weight, grad_weight, taps, exp_scaled, g, g_momentum, REAL: tl.constexpr
-):
-    """From <W, W> and <dW, W> to the rule of this filter, its new g, and the momentum of g."""
-    LARGEST: tl.constexpr = 1.7976931348623157e308 if REAL == tl.float64 else 3.4028234663852886e38
-    SMALLEST_NORMAL: tl.constexpr = (
-        2.2250738585072014e-308 if REAL == tl.float64 else 1.1754943508222875e-38
-    )
-    scale = tl.exp(g)
-    # 0 where exp(g) is subnormal: the direction is lost, as csrc/update_rule.h says.
-    is_normal = scale >= SMALLEST_NORMAL
-    inverse_scale = tl.where(is_normal, 1.0 / tl.where(is_normal, scale, 1.0), 0.0)
-    norm = tl.sqrt(weight_weight) * inverse_scale
-    # <W, W> underflows or overflows long before W does, and then the norm is not known.
-    has_anchor = (norm > 0) & (norm <= LARGEST)
-    anchor = 2 * hyper.luma * ((norm - 1) / tl.where(has_anchor, norm, 1.0)) * inverse_scale
-    dg = hyper.grad_factor * grad_weight
-    new_g_momentum = tl.fma(hyper.one_minus_dampening, dg, hyper.momentum * g_momentum)
-    nesterov_direction = tl.fma(hyper.momentum, new_g_momentum, dg)
-    new_g = tl.fma(-hyper.lr, tl.where(hyper.nesterov, nesterov_direction, new_g_momentum), g)
-    # Bounded, so that a weight of 0 stays 0, also where both g are -inf.
-    keep = tl.exp(new_g - g)
-    keep = tl.where(keep <= LARGEST, keep, LARGEST)
-    keep = tl.where(exp_scaled, keep, 1.0)
-    rule = _FilterRule(
-        grad=hyper.grad_factor * scale,
-        weight=tl.where(has_anchor, anchor, 0.0),
-        mean=tl.where(taps > 1, hyper.zmg / taps.to(REAL), 0.0),
-        decay=hyper.weight_decay * inverse_scale,
-        momentum=hyper.momentum,
-        one_minus_dampening=hyper.one_minus_dampening,
-        keep=keep,
-        rate=-hyper.lr * tl.where(exp_scaled, tl.exp(new_g), 1.0),
-        nesterov=hyper.nesterov,
-    )
-    return rule, new_g, new_g_momentum
-
-
-@triton.jit
-def _multiple(number, VECTOR: tl.constexpr):
-    """Return `number`, a multiple of VECTOR, so that the compiler sees that it is one."""
-    # No hint: those mark the number itself, for the code that knows it unaligned as well.
-    return number // VECTOR * VECTOR
+class _Scale(NamedTuple):
+    log_scale: tl.tensor  # addresses, or 0
+    momentum: tl.tensor
+    g: tl.tensor
+    g_momentum: tl.tensor
 
 
 @triton.jit
@@ -170,10 +95,13 @@ def _pointers(filter, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _load_weight(weights, remainders, offsets, mask, REAL: tl.constexpr, SPLIT: tl.constexpr):
-    weight = tl.load(weights + offsets, mask=mask, other=0.0).to(REAL)
+def _read_weight(
+    weights, remainders, offsets, mask, REAL: tl.constexpr, SPLIT: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    weight = read(weights, offsets, mask, VECTOR).to(REAL)
     if SPLIT:
-        remainder = tl.load(remainders + offsets, mask=mask, other=0)
+        remainder = read(remainders, offsets, mask, VECTOR)
         remainder = tl.where((weight == 0) & (remainder < 0), 0, remainder)
         weight = (weight.to(tl.int32, bitcast=True) + remainder).to(tl.float32, bitcast=True)
     return weight
@@ -191,235 +119,328 @@ def _store_weight(weights, remainders, offsets, mask, weight, SPLIT: tl.constexp
 
 
 @triton.jit
-def _reduce(
-    filter, needs_norms, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
-    TILE: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """<W, W> and <dW, W> of a filter, or zeros where the rule does not need them."""
-    weights, remainders, grads, _ = _pointers(filter, DTYPE, VECTOR)
-    end = _multiple(tl.where(needs_norms, filter.numel, 0), VECTOR)
-    weight_weight = tl.zeros([TILE], REAL)
-    grad_weight = tl.zeros([TILE], REAL)
-    tile = end * 0
-    while tile * TILE < end:
-        offsets = tile * TILE + tl.arange(0, TILE)
-        mask = offsets < end
-        weight = _load_weight(weights, remainders, offsets, mask, REAL, SPLIT)
-        grad = tl.load(grads + offsets, mask=mask, other=0.0).to(REAL)
-        weight_weight = tl.fma(weight, weight, weight_weight)
-        grad_weight = tl.fma(grad, weight, grad_weight)
-        tile += 1
-    return tl.sum(weight_weight, axis=0), tl.sum(grad_weight, axis=0)
+def _tile(filter, first, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """The tile of a filter that begins at channel `first`: offsets in the filter, and channels."""
+    slots = tl.arange(0, TILE)
+    outer = (slots * filter.reciprocal) >> _RECIPROCAL_BITS
+    channel = tl.where(filter.channels_last, slots - outer * filter.tile_channels, outer)
+    mask = (slots < filter.tile_channels * filter.taps) & (channel < filter.channels - first)
+    gap = tl.where(filter.channels_last, filter.channels - filter.tile_channels, 0)
+    offsets = first * filter.channel_stride + slots + outer * gap
+    if VECTOR > 1:
+        # True of tensors found aligned: taps, or the channels between gaps, are multiples of it.
+        offsets = tl.max_contiguous(tl.multiple_of(offsets, VECTOR), VECTOR)
+        mask = tl.max_constancy(mask, VECTOR)
+    return offsets, mask, channel
 
 
 @triton.jit
-def _direction_grad(
-    weights, remainders, grads, offsets, mask, rule, REAL: tl.constexpr, SPLIT: tl.constexpr
-):
-    """dV before CZMG, the data gradient and the anchor's; and W."""
-    weight = _load_weight(weights, remainders, offsets, mask, REAL, SPLIT)
-    grad = tl.load(grads + offsets, mask=mask, other=0.0).to(REAL)
-    return tl.fma(rule.grad, grad, rule.weight * weight), weight
-
-
-@triton.jit
-def _update_tile(
-    weights, remainders, grads, momenta, has_momentum, offsets, mask, removed_mean, rule,
-    REAL: tl.constexpr, SPLIT: tl.constexpr,
+def _load(
+    filter, offsets, mask, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
-    grad, weight = _direction_grad(weights, remainders, grads, offsets, mask, rule, REAL, SPLIT)
-    momentum = tl.load(momenta + offsets, mask=mask & has_momentum, other=0.0).to(REAL)
-    grad = tl.fma(rule.decay, weight, grad - removed_mean)
-    momentum = tl.fma(rule.one_minus_dampening, grad, rule.momentum * momentum)
-    direction = tl.where(rule.nesterov, tl.fma(rule.momentum, momentum, grad), momentum)
-    weight = tl.fma(rule.rate, direction, rule.keep * weight)
-    dtype: tl.constexpr = weights.dtype.element_ty
-    tl.store(momenta + offsets, momentum.to(dtype), mask=mask & has_momentum)
-    _store_weight(weights, remainders, offsets, mask, weight, SPLIT)
-
-
-@triton.jit
-def _update_without_mean(
-    filter, rule, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
-    TILE: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
+    """W, dW and m."""
     weights, remainders, grads, momenta = _pointers(filter, DTYPE, VECTOR)
-    end = _multiple(filter.numel, VECTOR)
-    tile = end * 0
-    while tile * TILE < end:
-        offsets = tile * TILE + tl.arange(0, TILE)
-        _update_tile(
-            weights, remainders, grads, momenta, filter.momentum != 0, offsets, offsets < end, 0.0,
-            rule, REAL, SPLIT,
-        )  # fmt: skip
-        tile += 1
-
-
-@triton.jit
-def _sums_over_taps(
-    weights, remainders, grads, channel, mask, channel_stride, tap_stride, taps, rule,
-    REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
-    sums = tl.zeros([TILE], REAL)
-    offsets = channel * channel_stride
-    if TAPS > 0:
-        for tap in tl.range(TAPS, num_stages=1, loop_unroll_factor=3):
-            grad, _ = _direction_grad(
-                weights, remainders, grads, offsets + tap * tap_stride, mask, rule, REAL, SPLIT
-            )
-            sums += grad
-    else:
-        tap = taps * 0
-        while tap < taps:
-            grad, _ = _direction_grad(
-                weights, remainders, grads, offsets + tap * tap_stride, mask, rule, REAL, SPLIT
-            )
-            sums += grad
-            tap += 1
-    # Other threads may still be reading what this one is about to write.
-    tl.debug_barrier()
-    return sums
+    grad = read(grads, offsets, mask, VECTOR).to(REAL)
+    weight = _read_weight(weights, remainders, offsets, mask, REAL, SPLIT, VECTOR)
+    momentum = read(momenta, offsets, mask & (filter.momentum != 0), VECTOR).to(REAL)
+    return weight, grad, momentum
 
 
 @triton.jit
 def _update(
-    filter, rule, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
-    TILE: tl.constexpr, VECTOR: tl.constexpr, TAPS: tl.constexpr,
+    filter, offsets, mask, weight, grad, momentum, removed_mean, rule, DTYPE: tl.constexpr,
+    SPLIT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """All weights of a filter; TAPS is their number where the compiler shall know it, else 0."""
-    weights, remainders, grads, momenta = _pointers(filter, DTYPE, VECTOR)
-    has_momentum = filter.momentum != 0
-    taps = filter.taps
-    if TAPS > 0:
-        taps = TAPS
-    channels = _multiple(filter.numel // taps, VECTOR)
-    channel_tile = channels * 0
-    while channel_tile * TILE < channels:
-        first = channel_tile * TILE
-        channel = first + tl.arange(0, TILE)
-        mask = channel < channels
-        if filter.channels_last:
-            removed_mean = rule.mean * _sums_over_taps(
-                weights, remainders, grads, channel, mask, 1, channels, taps, rule, REAL, SPLIT,
-                TILE, TAPS,
-            )  # fmt: skip
-            tap = channels * 0
-            while tap < taps:
-                _update_tile(
-                    weights, remainders, grads, momenta, has_momentum, tap * channels + channel,
-                    mask, removed_mean, rule, REAL, SPLIT,
-                )  # fmt: skip
-                tap += 1
-        else:
-            removed_mean = rule.mean * _sums_over_taps(
-                weights, remainders, grads, channel, mask, taps, 1, taps, rule, REAL, SPLIT,
-                TILE, TAPS,
-            )  # fmt: skip
-            end = tl.minimum(first + TILE, channels) * taps
-            tile = channel_tile * taps
-            while tile * TILE < end:
-                offsets = tile * TILE + tl.arange(0, TILE)
-                mask = offsets < end
-                own_channel = tl.where(mask, offsets // taps - first, 0)
-                _update_tile(
-                    weights, remainders, grads, momenta, has_momentum, offsets, mask,
-                    tl.gather(removed_mean, own_channel, 0), rule, REAL, SPLIT,
-                )  # fmt: skip
-                tile += 1
-        channel_tile += 1
+    """Store W and m; `grad` is dV before CZMG, the data gradient and the anchor's."""
+    weights, remainders, _, momenta = _pointers(filter, DTYPE, VECTOR)
+    grad = tl.fma(rule.decay, weight, grad - removed_mean)
+    momentum = tl.fma(rule.one_minus_dampening, grad, rule.momentum * momentum)
+    direction = tl.where(rule.nesterov, tl.fma(rule.momentum, momentum, grad), momentum)
+    weight = tl.fma(rule.rate, direction, rule.keep * weight)
+    tl.store(momenta + offsets, momentum.to(DTYPE), mask=mask & (filter.momentum != 0))
+    _store_weight(weights, remainders, offsets, mask, weight, SPLIT)
+
+
+@triton.jit
+def _sums_over_taps(values, channel, filter, REAL: tl.constexpr, TILE: tl.constexpr):
+    """For each weight of a tile the sum of `values` over the taps of its channel."""
+    CHANNELS: tl.constexpr = TILE // 4
+    totals = tl.zeros([TILE], REAL)
+    tap_stride = tl.where(filter.channels_last, filter.tile_channels, 1)
+    first = filter.taps * 0
+    while first < filter.tile_channels:
+        channels = (first + tl.arange(0, CHANNELS))[None, :]
+        sums = tl.zeros([CHANNELS], REAL)
+        tap = filter.taps * 0
+        while tap < filter.taps:
+            taps = (tap + tl.arange(0, 4))[:, None]
+            mask = (taps < filter.taps) & (channels < filter.tile_channels)
+            slots = tl.where(mask, taps * tap_stride + channels * filter.channel_stride, 0)
+            found = tl.gather(values, tl.reshape(slots, [TILE]), 0)
+            sums += tl.sum(tl.where(mask, tl.reshape(found, [4, CHANNELS]), 0.0), axis=0)
+            tap += 4
+        own = channel - first
+        is_here = (own >= 0) & (own < CHANNELS)
+        totals = tl.where(is_here, tl.gather(sums, tl.where(is_here, own, 0), 0), totals)
+        first += CHANNELS
+    return totals
+
+
+@triton.jit
+def _update_tile(
+    filter, offsets, mask, channel, weight, grad, momentum, rule, DTYPE: tl.constexpr,
+    REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    grad = tl.fma(rule.grad, grad, rule.weight * weight)
+    removed_mean = tl.zeros([TILE], REAL)
+    if rule.mean != 0:
+        removed_mean = rule.mean * _sums_over_taps(grad, channel, filter, REAL, TILE)
+    _update(filter, offsets, mask, weight, grad, momentum, removed_mean, rule, DTYPE, SPLIT, VECTOR)
+
+
+@triton.jit
+def _read_sources(filter, sources, grad_scale, REAL: tl.constexpr):
+    """The hyperparameters and the log-scale: asked for after the weights, and needed with them."""
+    hyper = hyperparameters(
+        sources.hyper_addresses,
+        sources.hyper_values,
+        sources.step,
+        filter.momentum != 0,
+        grad_scale,
+        REAL,
+    )
+    log_scale, momentum = sources.log_scale, sources.log_scale_momentum
+    scale = _Scale(
+        log_scale=log_scale,
+        momentum=momentum,
+        g=tl.load(log_scale.to(tl.pointer_type(REAL)), mask=log_scale != 0, other=0.0),
+        g_momentum=tl.load(momentum.to(tl.pointer_type(REAL)), mask=momentum != 0, other=0.0),
+    )
+    return hyper, scale
+
+
+@triton.jit
+def _new_rule(filter, scale, hyper, weight_weight, grad_weight, REAL: tl.constexpr):
+    """The rule of the filter, from each thread's sums over weights; updates its log-scale."""
+    # Zeros where the rule does not need them.
+    total_weight_weight = tl.full([], 0.0, REAL)
+    total_grad_weight = tl.full([], 0.0, REAL)
+    if filter.needs_norms:
+        total_weight_weight = tl.sum(weight_weight, axis=0)
+        total_grad_weight = tl.sum(grad_weight, axis=0)
+    rule, new_g, new_g_momentum = filter_rule(
+        hyper, total_weight_weight, total_grad_weight, filter.taps, scale.log_scale != 0, scale.g,
+        scale.g_momentum, REAL,
+    )  # fmt: skip
+    # All threads have read g before the barrier of the reductions, and one writes it after that.
+    tl.store(scale.log_scale.to(tl.pointer_type(REAL)), new_g, mask=scale.log_scale != 0)
+    tl.store(scale.momentum.to(tl.pointer_type(REAL)), new_g_momentum, mask=scale.momentum != 0)
+    return rule
+
+
+@triton.jit
+def _step_held(
+    filter, sources, grad_scale, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Step a filter of at most TILES tiles, which registers hold."""
+    held = ()
+    weight_weight = tl.zeros([TILE], REAL)
+    grad_weight = tl.zeros([TILE], REAL)
+    for number in tl.static_range(TILES):
+        offsets, mask, _ = _tile(filter, number * filter.tile_channels, TILE, VECTOR)
+        held = held + (_load(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR),)
+    hyper, scale = _read_sources(filter, sources, grad_scale, REAL)
+    for number in tl.static_range(TILES):
+        weight, grad, _ = held[number]
+        weight_weight = tl.fma(weight, weight, weight_weight)
+        grad_weight = tl.fma(grad, weight, grad_weight)
+    rule = _new_rule(filter, scale, hyper, weight_weight, grad_weight, REAL)
+    # The compiler does not see that this is 0, so it computes addresses again, where it would keep
+    # those of every tile in registers.
+    zero = (rule.keep < 0).to(tl.int32)
+    for number in tl.static_range(TILES):
+        weight, grad, momentum = held[number]
+        first = number * filter.tile_channels + zero
+        offsets, mask, channel = _tile(filter, first, TILE, VECTOR)
+        _update_tile(
+            filter, offsets, mask, channel, weight, grad, momentum, rule, DTYPE, REAL, SPLIT,
+            TILE, VECTOR,
+        )  # fmt: skip
+
+
+@triton.jit
+def _step_streamed(
+    filter, sources, grad_scale, DTYPE: tl.constexpr, REAL: tl.constexpr,
+    SPLIT: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Step a filter of any size, which is read twice."""
+    hyper, scale = _read_sources(filter, sources, grad_scale, REAL)
+    weights, remainders, grads, _ = _pointers(filter, DTYPE, VECTOR)
+    weight_weight = tl.zeros([TILE], REAL)
+    grad_weight = tl.zeros([TILE], REAL)
+    end = multiple(tl.where(filter.needs_norms, filter.numel, 0), VECTOR)
+    begin = end * 0
+    while begin < end:
+        offsets = begin + tl.arange(0, TILE)
+        mask = offsets < end
+        weight = _read_weight(weights, remainders, offsets, mask, REAL, SPLIT, VECTOR)
+        grad = read(grads, offsets, mask, VECTOR).to(REAL)
+        weight_weight = tl.fma(weight, weight, weight_weight)
+        grad_weight = tl.fma(grad, weight, grad_weight)
+        begin += TILE
+    rule = _new_rule(filter, scale, hyper, weight_weight, grad_weight, REAL)
+
+    first = filter.channels * 0
+    if filter.tile_channels == 0:
+        if VECTOR == 1:
+            _update_wide(filter, rule, DTYPE, REAL, SPLIT, TILE)
+        first = filter.channels
+    while first < filter.channels:
+        offsets, mask, channel = _tile(filter, first, TILE, VECTOR)
+        weight, grad, momentum = _load(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR)
+        _update_tile(
+            filter, offsets, mask, channel, weight, grad, momentum, rule, DTYPE, REAL, SPLIT,
+            TILE, VECTOR,
+        )  # fmt: skip
+        first += filter.tile_channels
+
+
+@triton.jit
+def _update_wide(
+    filter, rule, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr
+):
+    """Update a filter whose channels have more taps than a tile has room for."""
+    stride = tl.where(filter.channels_last, filter.channels, 1)
+    channel = filter.channels * 0
+    while channel < filter.channels:
+        sums = tl.zeros([TILE], REAL)
+        tap = filter.taps * 0
+        while tap < filter.taps:
+            taps = tap + tl.arange(0, TILE)
+            offsets = channel * filter.channel_stride + taps * stride
+            weight, grad, _ = _load(filter, offsets, taps < filter.taps, DTYPE, REAL, SPLIT, 1)
+            sums += tl.fma(rule.grad, grad, rule.weight * weight)
+            tap += TILE
+        # All threads have read the channel before the barrier of the sum, and write it after that.
+        removed_mean = rule.mean * tl.sum(sums, axis=0)
+        tap = filter.taps * 0
+        while tap < filter.taps:
+            taps = tap + tl.arange(0, TILE)
+            mask = taps < filter.taps
+            offsets = channel * filter.channel_stride + taps * stride
+            weight, grad, momentum = _load(filter, offsets, mask, DTYPE, REAL, SPLIT, 1)
+            grad = tl.fma(rule.grad, grad, rule.weight * weight)
+            _update(
+                filter, offsets, mask, weight, grad, momentum, removed_mean, rule, DTYPE, SPLIT, 1
+            )
+            tap += TILE
+        channel += 1
 
 
 @triton.jit
 def _step(
-    row, number, addresses, values, grad, grad_scale, DTYPE: tl.constexpr, REAL: tl.constexpr,
-    SPLIT: tl.constexpr, TILE: tl.constexpr,
+    row, number, addresses, values, grad, grad_scale, found_inf, DTYPE: tl.constexpr,
+    REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr,
+    MANY: tl.constexpr,
 ):  # fmt: skip
     """Update filter `number` of the tensor that `row` describes."""
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    VECTOR: tl.constexpr = 16 // BYTES
+    # A thread has TILE / threads = 4 weights of a tile, and loads at most 16 bytes at once.
+    VECTOR: tl.constexpr = 4 if BYTES <= 4 else 2
     filter_numel = tl.load(row + _FILTER_NUMEL)
     begin = number * filter_numel
+    numel = tl.minimum(tl.load(row + _NUMEL) - begin, filter_numel).to(tl.int32)
     momentum = tl.load(row + _MOMENTUM_BUFFER)
     remainder = tl.load(row + _PARAM_REMAINDER)
+    taps = tl.load(row + _TAPS).to(tl.int32)
+    channels_last = tl.load(row + _CHANNELS_LAST) != 0
     filter = _Filter(
         weight=tl.load(row + _PARAM) + begin * BYTES,
         grad=grad + begin * BYTES,
         momentum=tl.where(momentum != 0, momentum + begin * BYTES, 0),
         remainder=tl.where(remainder != 0, remainder + begin * 2, 0),
-        numel=tl.minimum(tl.load(row + _NUMEL) - begin, filter_numel).to(tl.int32),
-        taps=tl.load(row + _TAPS).to(tl.int32),
-        channels_last=tl.load(row + _CHANNELS_LAST) != 0,
+        numel=numel,
+        taps=taps,
+        # The last block of a plain tensor is shorter than the others.
+        channels=tl.minimum(tl.load(row + _CHANNELS).to(tl.int32), numel),
+        channels_last=channels_last,
+        channel_stride=tl.where(channels_last, 1, taps),
+        tile_channels=tl.load(row + _TILE_CHANNELS).to(tl.int32),
+        reciprocal=tl.load(row + _RECIPROCAL).to(tl.int32),
+        needs_norms=tl.load(row + _NEEDS_NORMS) != 0,
     )
-    hyper = _hyperparameters(row, addresses, values, momentum != 0, grad_scale, REAL)
-
-    # All threads read g before the barrier of the reductions, and one writes it after that.
     log_scale = tl.load(row + _LOG_SCALE)
-    log_scales = log_scale.to(tl.pointer_type(REAL)) + number
-    g = tl.load(log_scales, mask=log_scale != 0, other=0.0)
     log_scale_momentum = tl.load(row + _LOG_SCALE_MOMENTUM_BUFFER)
-    log_scale_momenta = log_scale_momentum.to(tl.pointer_type(REAL)) + number
-    g_momentum = tl.load(log_scale_momenta, mask=log_scale_momentum != 0, other=0.0)
-
-    needs_norms = tl.load(row + _NEEDS_NORMS) != 0
-    aligned = (filter.weight | filter.grad | filter.momentum | filter.remainder) % 16 == 0
-    aligned = aligned & ((filter.numel // filter.taps) % VECTOR == 0)
-    if aligned:
-        weight_weight, grad_weight = _reduce(filter, needs_norms, DTYPE, REAL, SPLIT, TILE, VECTOR)
-    else:
-        weight_weight, grad_weight = _reduce(filter, needs_norms, DTYPE, REAL, SPLIT, TILE, 1)
-
-    rule, new_g, new_g_momentum = _filter_rule(
-        hyper, weight_weight, grad_weight, filter.taps, log_scale != 0, g, g_momentum, REAL
+    scale_begin = number * (REAL.primitive_bitwidth // 8)
+    sources = _Sources(
+        hyper_addresses=addresses,
+        hyper_values=values,
+        step=tl.load(row + _STEP),
+        log_scale=tl.where(log_scale != 0, log_scale + scale_begin, 0),
+        log_scale_momentum=tl.where(log_scale_momentum != 0, log_scale_momentum + scale_begin, 0),
     )
-    tl.store(log_scales, new_g, mask=log_scale != 0)
-    tl.store(log_scale_momenta, new_g_momentum, mask=log_scale_momentum != 0)
 
-    if rule.mean == 0:
-        if aligned:
-            _update_without_mean(filter, rule, DTYPE, REAL, SPLIT, TILE, VECTOR)
+    tiles = tl.load(row + _TILES)
+    aligned = (filter.weight | filter.grad | filter.momentum | filter.remainder) % (
+        VECTOR * BYTES
+    ) == 0
+    row_numel = tl.where(channels_last, filter.channels, numel)
+    aligned = aligned & (row_numel % VECTOR == 0) & (filter.tile_channels > 0)
+    # Everything above has been asked for before the first of it is needed.
+    is_stepped = grad != 0
+    if found_inf is not None:
+        is_stepped = is_stepped & (tl.load(found_inf) == 0)
+    if is_stepped:
+        if not aligned:
+            _step_streamed(filter, sources, grad_scale, DTYPE, REAL, SPLIT, TILE, 1)
+        elif tiles <= FEW:
+            _step_held(filter, sources, grad_scale, DTYPE, REAL, SPLIT, TILE, FEW, VECTOR)
+        elif tiles <= MANY:
+            _step_held(filter, sources, grad_scale, DTYPE, REAL, SPLIT, TILE, MANY, VECTOR)
         else:
-            _update_without_mean(filter, rule, DTYPE, REAL, SPLIT, TILE, 1)
-    elif aligned & (filter.taps == 9):
-        _update(filter, rule, DTYPE, REAL, SPLIT, TILE, VECTOR, 9)
-    else:
-        _update(filter, rule, DTYPE, REAL, SPLIT, TILE, 1, 0)
+            _step_streamed(filter, sources, grad_scale, DTYPE, REAL, SPLIT, TILE, VECTOR)
 
 
 @triton.jit(
-    do_not_specialize=["row_count", "group_count"],
-    do_not_specialize_on_alignment=[
-        "rows", "program_rows", "arguments", "grad_scale", "found_inf"
-    ],
+    do_not_specialize=["row_count", "group_count", "first_program"],
+    do_not_specialize_on_alignment=["rows", "arguments", "grad_scale", "found_inf"],
 )  # fmt: skip
 def step_kernel(
-    rows, program_rows, arguments, row_count, group_count, grad_scale, found_inf,
+    rows, arguments, row_count, group_count, first_program, grad_scale, found_inf,
     DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
+    FEW: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """Update the filter, or the block of a plain tensor, that this program owns.
 
     Args:
-        rows: the descriptor table, int64, (row_count, columns).
-        program_rows: the row of each program, int32.
+        rows: the descriptors and `TILE_FIELDS` of all tensors, int64, (row_count, columns); then
+            the row of each program.
         arguments: int64: the address of each row's gradient; for each group's hyperparameters the
-            address of a float32 that stands for it, or 0; their values, as REAL.
+            address of a float32 that stands for it, or 0; their values as float64; as float32.
+        first_program: the number of this launch's first program.
         grad_scale: what gradients are divided by, float32, or None.
         found_inf: nothing is updated where it is not 0, float32, or None.
         DTYPE: of parameters, gradients and momentum.
         REAL: of the arithmetic and of the log-scales.
         SPLIT: whether the parameters are the rounding of float32 weights, and have remainders.
-        TILE: the weights that a program has in its registers at a time.
+        TILE: the weights of a tile, four for each thread.
+        FEW, MANY: the tiles of the filters that registers hold.
     """
-    program = tl.program_id(0)
-    row_number = tl.load(program_rows + program)
-    row = rows + row_number.to(tl.int64) * _ROW_COLUMNS
+    program = first_program + tl.program_id(0)
+    row_number = tl.load(rows + row_count * _ROW_COLUMNS + program)
+    row = rows + row_number * _ROW_COLUMNS
+    grad = tl.load(arguments + row_number)
     number = program - tl.load(row + _FIRST_FILTER)
     group = tl.load(row + _GROUP) * _GROUP_COLUMNS
     addresses = arguments + row_count
     values = addresses + group_count * _GROUP_COLUMNS
+    if REAL == tl.float32:
+        # Not every device has float64, so a float32 kernel has no instruction of it.
+        values += group_count * _GROUP_COLUMNS
     values = values.to(tl.pointer_type(REAL), bitcast=True) + group
-    grad = tl.load(arguments + row_number)
-    skip = tl.full([], 0.0, tl.float32)
-    if found_inf is not None:
-        skip = tl.load(found_inf).to(tl.float32)
-    if (skip == 0) & (grad != 0):
-        _step(row, number, addresses + group, values, grad, grad_scale, DTYPE, REAL, SPLIT, TILE)
+    _step(
+        row, number, addresses + group, values, grad, grad_scale, found_inf, DTYPE, REAL, SPLIT,
+        TILE, FEW, MANY,
+    )  # fmt: skip

@@ -20,6 +20,9 @@ Index grid_size();
 void wait_for_block();
 void wait_for_warp();
 
+// Waits for `threads` threads of the block at a barrier from 0 to 15.
+void wait_for_threads(unsigned barrier, unsigned threads);
+
 // Returns the bits that the lane at `distance` (by exclusive or) gave. Orders no memory.
 uint64_t exchange(unsigned lanes, uint64_t bits, int distance);
 

@@ -1,0 +1,368 @@
+// The update of a filter that the registers of its thread group hold, so that it is read once.
+//
+// W and dW, and the momentum where there is room, are all under way before the first is waited for.
+// A tensor whose filters are whole aligned packs is moved straight between memory and the registers that
+// its elements belong in. Of any other, neighbouring threads move neighbouring elements, and each warp
+// gives them their places in its shared memory; this is decided for each tensor.
+#pragma once
+
+#include <cstring>
+
+#include "../param_remainder.h"
+#include "../update_rule.h"
+#include "channel_sums.cuh"
+#include "filter_packs.cuh"
+#include "work_item.h"
+
+namespace czm {
+
+// Consecutive filters of one tensor, one for each thread group of a warp, or one for several warps.
+template <class Stored> struct Filters {
+  Stored* weight;
+  Stored* grad;
+  Stored* momentum;    // null without momentum
+  int16_t* remainder;  // null if `weight` is all there is of the weights
+  int numel;           // of all filters
+  int filter_numel;
+  int taps;   // 1 if CZMG has nothing to do
+  int flags;  // of ItemFlag
+};
+
+// Element i of a filter is at address i.
+struct Contiguous {
+  __device__ __forceinline__ int64_t operator()(int i) const { return i; }
+};
+
+// `packs` is how many packs of W and of dW a thread holds, and `packs_at_once` how many of the momentum, asked
+// for with W and dW, or when the sums over the filter are known. `is_whole_warps` is true if no thread group
+// is smaller than a warp.
+template <class Stored, int packs, int packs_at_once, bool asks_early, class Place, bool is_whole_warps>
+class RegisterFilter {
+ public:
+  using T = opmath_type<Stored>;
+
+  // The weights that a thread holds.
+  static constexpr int kWeights = packs * kWidest<Stored>;
+
+  // `shared` has a number for each weight that the thread group, or its warp if that is larger, holds.
+  // `is_shared_used` is true if other threads of the thread group may be reading it.
+  __device__ __forceinline__ RegisterFilter(const Filters<Stored>& filters, T* shared,
+                                            const ThreadGroup& threads, const Place& place,
+                                            bool is_shared_used = false)
+      : filters_(filters),
+        shared_(shared),
+        threads_(threads),
+        place_(place),
+        lane_(int(threadIdx.x) & (kWarp - 1)),
+        begin_(threads.number_in_warp() * filters.filter_numel),
+        numel_(min(filters.numel - begin_, filters.filter_numel)),
+        last_use_(is_shared_used ? Use::by_group : Use::none) {
+    load(param_, filters_.weight, 0);
+    load(grad_, filters_.grad, 0);
+    if constexpr (sizeof(Stored) == 2) load(remainder_, filters_.remainder, 0);
+    if constexpr (asks_early) load(momentum_, filters_.momentum, 0);
+  }
+
+  __device__ __forceinline__ bool has_filter() const { return numel_ > 0; }
+
+  // Loads what could not be asked for before.
+  __device__ __forceinline__ void arrange() {
+    arrange(param_, filters_.weight, 0);
+    arrange(grad_, filters_.grad, 0);
+    if constexpr (asks_early) arrange(momentum_, filters_.momentum, 0);
+#pragma unroll
+    for (int k = 0; k < packs; ++k) weight_[k] = to_opmath(pack_of<Stored>(param_[k]));
+    if constexpr (sizeof(Stored) == 2) {
+      if (filters_.remainder) {
+        arrange(remainder_, filters_.remainder, 0);
+#pragma unroll
+        for (int k = 0; k < packs; ++k) add_remainders(weight_[k], pack_of<int16_t>(remainder_[k]));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_products_to(T (&sums)[2]) const {
+#pragma unroll
+    for (int k = 0; k < packs; ++k) add_products(sums, weight_[k], pack_of<Stored>(grad_[k]));
+  }
+
+  // Writes the gradients times `inverse_scale`, as torch's fused optimizers leave them for GradScaler.
+  __device__ __forceinline__ void unscale_grad(T inverse_scale, bool writes) {
+    store<packs>(filters_.grad, 0, writes,
+                 [&](int k) { return scaled(inverse_scale, pack_of<Stored>(grad_[k])); });
+  }
+
+  // Takes `removed` from every gradient, beside what CZMG removes. Nothing changes unless `writes`.
+  __device__ __forceinline__ void update(const FilterRule<T>& rule, T removed, bool writes) {
+    if constexpr (!asks_early) load(momentum_, filters_.momentum, 0);
+    Pack<T, kSize> direction[packs];
+#pragma unroll
+    for (int k = 0; k < packs; ++k) {
+      direction[k] = direction_grads(rule, pack_of<Stored>(grad_[k]), weight_[k]);
+    }
+    if (filters_.taps > 1) {
+      remove_means(rule.mean, direction);
+    } else {
+#pragma unroll
+      for (int k = 0; k < packs; ++k) subtract(direction[k], [&](int) { return removed; });
+    }
+    update_packs_from<0>(rule, direction, writes);
+    store_weight(writes);
+  }
+
+  __device__ __forceinline__ bool is_shared_used() const { return last_use_ != Use::none; }
+
+ private:
+  static constexpr int kSize = kWidest<Stored>;
+  static_assert(packs % packs_at_once == 0 && (!asks_early || packs == packs_at_once));
+
+  // A pack in four registers, whatever its elements.
+  struct alignas(kWidestPackBytes) Words {
+    uint32_t words[kWidestPackBytes / 4];
+  };
+
+  template <class Element> __device__ __forceinline__ static Pack<Element, kSize> pack_of(const Words& words) {
+    Pack<Element, kSize> pack;
+    static_assert(sizeof pack == sizeof words);
+    std::memcpy(&pack, &words, sizeof pack);
+    return pack;
+  }
+
+  template <class Element> __device__ __forceinline__ static Words words_of(const Pack<Element, kSize>& pack) {
+    Words words;
+    std::memcpy(&words, &pack, sizeof words);
+    return words;
+  }
+
+  // Zeros for all but the first `count` elements, which may be negative.
+  template <class Element> __device__ __forceinline__ static void keep_first(Words& words, int count) {
+    constexpr int bits = 8 * int(sizeof(Element));
+#pragma unroll
+    for (int w = 0; w < kWidestPackBytes / 4; ++w) {
+      const int left = count * bits - 32 * w;
+      words.words[w] &= left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
+    }
+  }
+
+  enum class Use { none, by_warp, by_group };
+
+  // Each warp has a run of elements of its own, `kWeights` for each lane.
+  __device__ __forceinline__ int begin_of_warp() const {
+    return threads_.size > kWarp ? (threads_.rank - lane_) * kWeights : 0;
+  }
+
+  // The first element of pack k, in its filter.
+  __device__ __forceinline__ int first(int k) const {
+    if constexpr (is_whole_warps) return begin_of_warp() + (k * kWarp + lane_) * kSize;
+    const int lanes = threads_.size < kWarp ? threads_.size : kWarp;
+    return begin_of_warp() + (k * lanes + (lane_ & (lanes - 1))) * kSize;
+  }
+
+  // The element of the warp's filters that this lane moves as the j-th of pack k where it moves single ones,
+  // `count` packs from `begin` on.
+  __device__ __forceinline__ int single(int begin, int k, int j, int lane) const {
+    return begin_of_warp() + begin * kWarp * kSize + (k * kSize + j) * kWarp + lane;
+  }
+
+  // Where the thread group's filter has its elements in shared memory.
+  __device__ __forceinline__ int shared_begin() const {
+    return threads_.number_in_warp() * threads_.size * kWeights;
+  }
+
+  // Where an element of the warp's filters has its place in shared memory: each filter begins a pack.
+  class Spread {
+   public:
+    __device__ __forceinline__ explicit Spread(const RegisterFilter& filter)
+        : divider_(unsigned(filter.filters_.filter_numel)),
+          gap_(filter.threads_.size < kWarp
+                   ? filter.threads_.size * kWeights - filter.filters_.filter_numel
+                   : 0) {}
+    __device__ __forceinline__ int operator()(int i) const {
+      return gap_ == 0 ? i : i + divider_.quotient(i) * gap_;
+    }
+
+   private:
+    SmallDivider divider_;
+    int gap_;
+  };
+
+  template <class Element> __device__ __forceinline__ bool is_direct(const Element* address) const {
+    return filters_.flags & kInPacks && are_aligned(address);
+  }
+
+  // The same number, which the compiler does not know: what follows from it is computed where it is needed,
+  // not once for all tensors, which would take a register for each element.
+  __device__ __forceinline__ static int opaque(int i) {
+    asm volatile("" : "+r"(i));
+    return i;
+  }
+
+  // Returns shared memory that no other thread is reading any more.
+  template <class Element> __device__ __forceinline__ Element* use_shared(Use use) {
+    if (last_use_ == Use::by_warp && use == Use::by_warp) {
+      __syncwarp();
+    } else if (last_use_ != Use::none) {
+      threads_.sync();
+    }
+    last_use_ = use;
+    return reinterpret_cast<Element*>(shared_);
+  }
+
+  // Asks for packs [begin, begin + count), if each can be moved straight into its place.
+  template <class Element, int count>
+  __device__ __forceinline__ void load(Words (&to)[count], const Element* from, int begin) const {
+#pragma unroll
+    for (int k = 0; k < count; ++k) to[k] = {};
+    if (!from || !is_direct(from)) return;
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      if (first(begin + k) < numel_) {
+        to[k] = words_of(load_global<kSize>(from + place_(begin_ + first(begin + k))));
+      }
+    }
+  }
+
+  // Loads the packs that load() did not, all elements at once, with zeros beyond the filter.
+  template <class Element, int count>
+  __device__ __forceinline__ void arrange(Words (&to)[count], const Element* from, int begin) {
+    if (!from || is_direct(from)) return;
+    Element loaded[count][kSize] = {};
+    const int lane = opaque(lane_);
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const int i = single(begin, k, j, lane);
+        if (i < filters_.numel) loaded[k][j] = *in_global(from + place_(i));
+      }
+    }
+    Element* const shared = use_shared<Element>(Use::by_warp);
+    const Spread spread(*this);
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const int i = single(begin, k, j, lane);
+        if (i < filters_.numel) shared[spread(i)] = loaded[k][j];
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      const int i = first(begin + k);
+      to[k] = {};
+      if (i < numel_) {
+        to[k] = words_of(load_pack<kSize>(shared + shared_begin() + i));
+        keep_first<Element>(to[k], numel_ - i);
+      }
+    }
+  }
+
+  // Stores packs [begin, begin + count): pack_at(k) is the k-th of them.
+  template <int count, class Element, class PackAt>
+  __device__ __forceinline__ void store(Element* to, int begin, bool writes, const PackAt& pack_at) {
+    if (is_direct(to)) {
+#pragma unroll
+      for (int k = 0; k < count; ++k) {
+        if (first(begin + k) < numel_ && writes) {
+          store_global(to + place_(begin_ + first(begin + k)), pack_at(k));
+        }
+      }
+      return;
+    }
+    Element* const shared = use_shared<Element>(Use::by_warp);
+    const Spread spread(*this);
+    const int lane = opaque(lane_);
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      const int i = first(begin + k);
+      if (i < numel_) store_pack(shared + shared_begin() + i, pack_at(k));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const int i = single(begin, k, j, lane);
+        if (i < filters_.numel && writes) *in_global(to + place_(i)) = shared[spread(i)];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_weight(bool writes) {
+    const auto param = [&](int k) { return from_opmath<Stored>(weight_[k]); };
+    store<packs>(filters_.weight, 0, writes, param);
+    if constexpr (sizeof(Stored) == 2) {
+      if (!filters_.remainder) return;
+      store<packs>(filters_.remainder, 0, writes,
+                   [&](int k) { return remainders_of(weight_[k], param(k)); });
+    }
+  }
+
+  __device__ __forceinline__ void remove_means(T mean, Pack<T, kSize> (&direction)[packs]) {
+    T* const shared = use_shared<T>(Use::by_group) + shared_begin();
+    const int taps = filters_.taps;
+    // Of thread groups without a filter, too: their lanes exchange sums with others of the warp.
+    const ChannelTile tile(filters_.filter_numel / taps, taps, filters_.flags & kChannelsLast);
+#pragma unroll
+    for (int k = 0; k < packs; ++k) {
+      if (first(k) < numel_) store_shared(shared + first(k), direction[k]);
+    }
+    tile.sum_over_taps(shared, threads_);
+#pragma unroll
+    for (int k = 0; k < packs; ++k) {
+      if (first(k) < numel_) {
+        subtract(direction[k],
+                 [&](int j) { return mean * shared[tile.place_of_sum(first(k) + j)]; });
+      }
+    }
+  }
+
+  template <class Removed>
+  __device__ __forceinline__ void subtract(Pack<T, kSize>& direction, const Removed& removed) const {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) direction.values[j] -= removed(j);
+  }
+
+  // Updates the packs from `begin` on, and stores their momentum.
+  template <int begin>
+  __device__ __forceinline__ void update_packs_from(const FilterRule<T>& rule,
+                                                    const Pack<T, kSize> (&direction)[packs],
+                                                    bool writes) {
+    constexpr int end = begin + packs_at_once;
+    if constexpr (!asks_early) arrange(momentum_, filters_.momentum, begin);
+    // The next are under way while these are updated.
+    Words next[packs_at_once];
+    if constexpr (end < packs) load(next, filters_.momentum, end);
+#pragma unroll
+    for (int k = 0; k < packs_at_once; ++k) {
+      auto momentum = pack_of<Stored>(momentum_[k]);
+      update_pack(rule, weight_[begin + k], direction[begin + k], momentum);
+      momentum_[k] = words_of(momentum);
+    }
+    if (filters_.momentum) {
+      store<packs_at_once>(filters_.momentum, begin, writes,
+                           [&](int k) { return pack_of<Stored>(momentum_[k]); });
+    }
+    if constexpr (end < packs) {
+#pragma unroll
+      for (int k = 0; k < packs_at_once; ++k) momentum_[k] = next[k];
+      update_packs_from<end>(rule, direction, writes);
+    }
+  }
+
+  const Filters<Stored>& filters_;
+  T* const shared_;
+  const ThreadGroup& threads_;
+  const Place& place_;
+  const int lane_;
+  const int begin_;
+  const int numel_;  // of this thread group's filter; 0 or less without one
+  Use last_use_;
+  Pack<T, kSize> weight_[packs];
+  Words param_[packs], grad_[packs];
+  Words momentum_[packs_at_once];
+  Words remainder_[sizeof(Stored) == 2 ? packs : 1];
+};
+
+}  // namespace czm
