@@ -7,7 +7,7 @@ is one JSON row; rows that are there already are not run again, so the command g
     python benchmarks/convert_networks.py --data cifar10 --out results
     python benchmarks/convert_networks.py --out results --report
     python benchmarks/convert_networks.py --data cifar10 --out results --only six_layers \
-        --methods czm --set agc=0 zmg=1.0 --tag no-clipping
+        --methods czm --set clip=0 zmg=0.85 --tag no-clipping
 """
 
 from __future__ import annotations

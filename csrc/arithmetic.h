@@ -23,6 +23,7 @@ template <class Stored>
 using opmath_type = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
 
 template <class opmath_t> constexpr opmath_t kLargest = std::numeric_limits<opmath_t>::max();
+template <class opmath_t> constexpr opmath_t kSmallestNormal = std::numeric_limits<opmath_t>::min();
 
 // Fused explicitly, and only here, so that every backend rounds where torch.optim.SGD rounds.
 CZM_INLINE float multiply_add(float a, float b, float c) {

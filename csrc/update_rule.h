@@ -98,13 +98,16 @@ CZM_INLINE FilterRule<opmath_t> filter_rule(const HyperParameters<opmath_t>& hyp
                                         opmath_t* log_scale_momentum) {
   const opmath_t g = log_scale ? *log_scale : opmath_t(0);
   const opmath_t scale = log_scale ? std::exp(g) : opmath_t(1);
-  // exp(g) of a filter that has collapsed may be 0 in this arithmetic, and W with it: V is lost, and
-  // neither anchor nor decay has anything to act on.
-  const opmath_t inverse_scale = scale > opmath_t(0) ? opmath_t(1) / scale : opmath_t(0);
+  // exp(g) of a filter that has collapsed may be subnormal or 0 in this arithmetic, and W with it: V
+  // is lost, and neither anchor nor decay has anything to act on.
+  const opmath_t inverse_scale =
+      scale >= kSmallestNormal<opmath_t> ? opmath_t(1) / scale : opmath_t(0);
   const opmath_t norm = std::sqrt(weight_weight) * inverse_scale;
+  // <W, W> underflows or overflows long before W does, and then the norm is not known.
+  const bool has_anchor = norm > opmath_t(0) && norm <= kLargest<opmath_t>;
   FilterRule<opmath_t> rule;
   rule.grad = hyper.grad_factor * scale;
-  rule.weight = norm > opmath_t(0)
+  rule.weight = has_anchor
                     ? opmath_t(2) * hyper.luma * ((norm - opmath_t(1)) / norm) * inverse_scale
                     : opmath_t(0);
   rule.mean = taps > 1 ? hyper.zmg / static_cast<opmath_t>(taps) : opmath_t(0);
@@ -121,9 +124,9 @@ CZM_INLINE FilterRule<opmath_t> filter_rule(const HyperParameters<opmath_t>& hyp
     if (log_scale_momentum) *log_scale_momentum = m;
     const opmath_t direction = hyper.nesterov ? multiply_add(hyper.momentum, m, dg) : m;
     *log_scale = multiply_add(-hyper.lr, direction, g);
-    // Bounded, so that a weight of 0 stays 0.
+    // Bounded, so that a weight of 0 stays 0, also where both g are -inf.
     const opmath_t keep = std::exp(*log_scale - g);
-    rule.keep = keep > kLargest<opmath_t> ? kLargest<opmath_t> : keep;
+    rule.keep = keep <= kLargest<opmath_t> ? keep : kLargest<opmath_t>;
     rule.rate *= std::exp(*log_scale);
   }
   return rule;

@@ -1,5 +1,8 @@
 """calibrate_(): a start for every convolution, measured on the user's own data."""
 
+# torch is typed in part.
+# mypy: no-warn-return-any
+
 from __future__ import annotations
 
 import math
@@ -435,11 +438,12 @@ def _noise_for(model: nn.Module, convolutions: dict[str, Convolution], seed: int
 
 def _image_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     """Return noise of unit spread with as much power in every octave, as natural images have."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     size = shape[2]
     mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[len(shape)]
-    total = torch.zeros(shape)
+    total = torch.zeros(shape, device="cpu")
     for octave in range(1, int(math.log2(size)) + 1):
-        coarse = torch.randn(*shape[:2], *[2**octave] * (len(shape) - 2), generator=generator)
+        coarse_shape = (*shape[:2], *[2**octave] * (len(shape) - 2))
+        coarse = torch.randn(coarse_shape, generator=generator, device="cpu")
         total += F.interpolate(coarse, shape[2:], mode=mode, align_corners=False)
     return total / total.std()

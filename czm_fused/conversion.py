@@ -21,8 +21,10 @@ from czm_fused._internal.dataflow import DataFlow, Value, follow
 from czm_fused._internal.replacement import (
     add_bias,
     fold,
+    has_hooks,
     replace_modules,
     replacement_for,
+    save_outputs_alone,
     undone_on_error,
 )
 from czm_fused._internal.text import article, format_html, format_table, shorten
@@ -135,6 +137,7 @@ def convert(
     stem: nn.Module | str | None = None,
     from_pretrained: bool | None = None,
     gain: float | None = None,
+    zero_mean: bool | None = None,
     noise: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> _Module:
@@ -143,12 +146,13 @@ def convert(
     A BatchNorm (torch's, SyncBatchNorm, timm's with its activation) goes if its input is computed
     by convolutions, with anything in between: a concatenation, a sum, an activation, pooling. It is
     replaced by `nn.Identity`, or by its activation; those convolutions gain a bias; and all
-    convolutions of the model, transposed ones excepted, are initialised by CZMI (paper section
-    3.2), the stem with its means, and scaled by `czm_fused.calibration.calibrate_` so that the
-    output of each starts with the same spread. Everything else stays: a warning names every
-    normalisation that does, and `plan_conversion` lists the reasons. The stem is marked, so that
-    `czm_param_groups(model)` finds it. Make optimizers and averaged copies of the model afterwards,
-    as parameters are added and removed.
+    convolutions of the model, transposed ones excepted, are initialised as by `czm_init_`, with
+    filters of any mean, and scaled by `czm_fused.calibration.calibrate_` so that the output of each
+    starts with the same spread. `nn.ReLU6` becomes `czm_fused.nn.ReLU6`, which keeps less for
+    backward. Everything else stays: a warning names every normalisation that does, and
+    `plan_conversion` lists the reasons. The stem is marked, so that `czm_param_groups(model)` finds
+    it. Make optimizers and averaged copies of the model afterwards, as parameters are added and
+    removed.
 
     With `from_pretrained`, the model keeps what it has learnt: the running statistics are folded
     into the weight and bias of the convolution before,
@@ -175,6 +179,8 @@ def convert(
             refused, as it would lose its weights.
         gain: the norm of every filter that is initialised, in place of the measured scales; the
             paper's is 0.8.
+        zero_mean: whether spatial slices start with mean 0, as in the paper. By default True with
+            `gain` and False without. The stem and depthwise filters keep their means.
         noise: half the width a of the noise U(1 - a, 1 + a) that multiplies each channel of each
             sample where a BatchNorm was replaced, in training only (`czm_fused.nn.ChannelNoise`);
             in [0, 1), 0 (none) by default.
@@ -182,8 +188,8 @@ def convert(
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
-        ValueError: as in `plan_conversion`, `czm_init_` and `calibrate_`; `gain` is given with
-            `from_pretrained`; or `noise` is outside [0, 1). The model is as it was.
+        ValueError: as in `plan_conversion`, `czm_init_` and `calibrate_`; `gain` or `zero_mean` is
+            given with `from_pretrained`; or `noise` is outside [0, 1). The model is as it was.
 
     Warns:
         UserWarning: a normalisation stays, the forward pass fails in training mode, an optimizer
@@ -196,16 +202,22 @@ def convert(
     plan = plan_conversion(
         model, example_input=example_input, stem=stem, from_pretrained=from_pretrained
     )
-    if plan.from_pretrained and gain is not None:
-        raise ValueError(
-            f"gain must be None with from_pretrained=True, which keeps the weights, but was {gain}"
-        )
+    for name, value in (("gain", gain), ("zero_mean", zero_mean)):
+        if plan.from_pretrained and value is not None:
+            raise ValueError(
+                f"{name} must be None with from_pretrained, which keeps weights, but was {value}"
+            )
     convolutions = named_convolutions(model)
     _warn_of_optimizers(model, plan)
     with undone_on_error(model, convolutions.values()):
         _carry_out(model, plan, noise)
         if convolutions and not plan.from_pretrained:
-            czm_init_(model, gain=GAIN if gain is None else gain, generator=generator)
+            czm_init_(
+                model,
+                gain=GAIN if gain is None else gain,
+                zero_mean=gain is not None if zero_mean is None else zero_mean,
+                generator=generator,
+            )
             if gain is None:
                 _logger.info("%s", calibrate_(model, example_input))
     _logger.info("%s", plan)
@@ -331,7 +343,7 @@ class _Planner:
             return "it is parametrized"
         if not _computes_batch_norm(norm):
             return "a subclass of BatchNorm with a forward pass of its own"
-        if _has_hooks(norm):
+        if has_hooks(norm):
             return "it has hooks"
         if name in self.flow.reads:
             attributes = shorten(sorted(self.flow.reads[name])) or "tensors"
@@ -360,7 +372,7 @@ class _Planner:
             if consumers != {name}:
                 return f"{producer!r} feeds {shorten(sorted(consumers - {name}))} as well"
             convolution = self.convolutions[producer]
-            if _has_hooks(convolution):
+            if has_hooks(convolution):
                 return f"{producer!r} has hooks"
             parameters = {id(each) for each in convolution.parameters(recurse=False)}
             if producer in self.flow.tied or parameters & self.shared:
@@ -386,15 +398,6 @@ def _computes_convolution(convolution: Convolution) -> bool:
         and type(convolution)._conv_forward is torchs._conv_forward
         and not {"forward", "_conv_forward"} & vars(convolution).keys()
         and {"weight", "bias"} <= convolution._parameters.keys()
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
     )
 
 
@@ -480,6 +483,7 @@ def _carry_out(model: nn.Module, plan: ConversionPlan, noise: float) -> None:
             norm, affine=change.action == AFFINE, copies=change.copies, noise=noise
         )
     replace_modules(model, replacements)
+    save_outputs_alone(model)
     for name, convolution in named_convolutions(model).items():
         _mark(convolution, name in plan.stem)
 

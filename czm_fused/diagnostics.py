@@ -1,5 +1,8 @@
 """Measure the filters of a network in training, its signals, and how far it rejects mean shift."""
 
+# torch is typed in part.
+# mypy: no-warn-return-any
+
 from __future__ import annotations
 
 import math
@@ -88,8 +91,8 @@ class LayerDiagnostics:
         """The common-mode rejection ratio, 20 log10(signal_gain / shift_gain), in decibels."""
         if self.signal_gain is None:
             return None
-        ratio = torch.tensor(self.signal_gain, dtype=torch.float64) / self.shift_gain
-        return 20 * ratio.log10().item()
+        signal_gain = torch.tensor(self.signal_gain, dtype=torch.float64, device="cpu")
+        return 20 * (signal_gain / self.shift_gain).log10().item()
 
 
 SPREADS = ("gain", "direction_norm", "scale", "isocline_distance", "effective_lr")
@@ -461,7 +464,7 @@ def _format(spread: Spread | None) -> str:
 
 
 def _format_number(number: float | None, spec: str = ".3g", unit: str = "") -> str:
-    return "-" if number is None else f"{number:{spec}}{unit}"
+    return "-" if number is None or math.isnan(number) else f"{number:{spec}}{unit}"
 
 
 def _is_finite(value: Spread | float | None) -> bool:

@@ -55,11 +55,16 @@ class GradientRelease:
             for number, _, param in places
         ]
         self._handles.append(optimizer.register_step_pre_hook(_refuse_scaled_gradients))
+        self._optimizer = optimizer
+        self._supported_amp_scaling = optimizer._step_supports_amp_scaling
+        # Else a GradScaler would look for gradients of its own, and fail without naming the cause.
+        optimizer._step_supports_amp_scaling = True
 
     def remove(self) -> None:
         """Let gradients stay after backward again."""
         for handle in self._handles:
             handle.remove()
+        self._optimizer._step_supports_amp_scaling = self._supported_amp_scaling
 
 
 class _ParamStep:
@@ -68,7 +73,9 @@ class _ParamStep:
     def __init__(self, optimizer: FusedCZMSGD, group: int, param: Tensor) -> None:
         self._optimizer = optimizer
         self._group = group
-        self._own = FusedCZMSGD([param], backend=optimizer.backend)
+        self._own = FusedCZMSGD(
+            [{"params": [param], "min_filter_dim": 3}], backend=optimizer.backend
+        )
 
     def __call__(self, param: Tensor) -> None:
         # Loading a state replaces both, so neither is kept.

@@ -13,14 +13,17 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from czm_fused._internal.parameters import level_of_caller
 from czm_fused._internal.text import format_html, format_table, shorten
 from czm_fused.example import preserved, run_example
-from czm_fused.init import Convolution, check_module, find_stems, named_convolutions
+from czm_fused.init import Convolution, check_module, find_stems, is_depthwise, named_convolutions
 from czm_fused.nn import ExpScale
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "stem": {"exp_scale": True, "zmg": 0.0},
     "spatial": {"exp_scale": True},
+    # The mean of a depthwise filter is all that it passes of its channel's level.
+    "depthwise": {"exp_scale": True, "zmg": 0.0},
     # A slice of one tap is its own mean; to remove it would remove the whole gradient.
     "pointwise": {"exp_scale": True, "zmg": 0.0},
     # LUMA may anchor the rows of linear layers, but never a transposed convolution.
@@ -66,23 +69,13 @@ class ParamGroup(dict[str, Any]):
                 "the groups of czm_param_groups must go to FusedCZMSGD, but another optimizer got "
                 "them, which ignores their exp_scale, zmg and luma; use FusedCZMSGD, or pass plain "
                 "groups, [dict(group) for group in groups]",
-                stacklevel=_first_frame_outside_torch(),
+                stacklevel=level_of_caller(),
             )
         return super().setdefault(key, default)
 
 
 _NOT_SETTINGS = ("name", "params", "param_names")
 _KNOWN = (*HYPERPARAMETERS, *_NOT_SETTINGS, "differentiable", "min_filter_dim", "max_filter_dim")
-
-
-def _first_frame_outside_torch() -> int:
-    """Return the `stacklevel`, seen from the caller, of the code that made the optimizer."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None:
-        level, frame = level + 1, frame.f_back
-        if not frame.f_globals.get("__name__", "").startswith("torch."):
-            break
-    return level
 
 
 class ParamGroups(list[dict[str, Any]]):
@@ -128,6 +121,8 @@ def czm_param_groups(
     - `stem`: the filters that read the image: exp-scaled and anchored, but their gradient keeps its
       mean (zmg 0).
     - `spatial`: the filters with more than one tap: everything (paper sections 3.1 to 3.4).
+    - `depthwise`: those of them that read one channel of several (`groups == in_channels`):
+      exp-scaled and anchored, but their gradient keeps its mean.
     - `pointwise`: the filters with one tap: exp-scaled and anchored; they have no spatial mean.
     - `rest`: biases, linear layers, normalisations, transposed convolutions, the parameters of
       `exp_scale(conv)`, and all else: plain momentum SGD.
@@ -187,7 +182,7 @@ def czm_param_groups(
         if any(convolution is each for each in stems):
             roles[weight] = "stem"
         else:
-            roles[weight] = "spatial" if weight.shape[2:].numel() > 1 else "pointwise"
+            roles[weight] = _role(convolution, weight)
 
     members: dict[str, list[tuple[str, Tensor]]] = {name: [] for name in SETTINGS}
     for name, parameter in model.named_parameters():
@@ -215,6 +210,12 @@ def czm_param_groups(
     for complaint in complaints:
         warnings.warn(complaint, stacklevel=2)
     return ParamGroups(groups, [*notes, *complaints])
+
+
+def _role(convolution: Convolution, weight: Tensor) -> str:
+    if weight.shape[2:].numel() == 1:
+        return "pointwise"
+    return "depthwise" if is_depthwise(convolution) else "spatial"
 
 
 def _complaints(model: nn.Module, convolutions: Mapping[str, Convolution]) -> Iterator[str]:
@@ -253,9 +254,7 @@ def _check_not_flattened(model: nn.Module) -> None:
 def _check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> None:
     example = '{"rest": {"lr": 0.1}}'
     if not isinstance(overrides, Mapping):
-        raise TypeError(
-            f"overrides must be a dictionary such as {example}, but was {overrides!r}"
-        )
+        raise TypeError(f"overrides must be a dictionary such as {example}, but was {overrides!r}")
     for group, settings in overrides.items():
         if group not in SETTINGS:
             raise ValueError(

@@ -1,5 +1,8 @@
 """CZMI: the channel-wise zero-mean initialisation of convolutions (paper section 3.2)."""
 
+# torch is typed in part.
+# mypy: allow-untyped-calls
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -51,7 +55,7 @@ def czm_weight_(
     Args:
         weight: of shape (filters, channels, taps...), 2 dimensions or more, any memory layout.
         gain: the norm of every filter, 0.8 by default.
-        zero_mean: False keeps the means, as the layer that reads the image does.
+        zero_mean: False keeps the means, as the layer that reads the image and depthwise ones do.
         generator: the source of the numbers; torch's default generator if None.
 
     Raises:
@@ -82,14 +86,17 @@ def czm_init_(
     *,
     example_input: Any = None,
     gain: float | None = None,
+    zero_mean: bool | None = None,
     stem: nn.Module | str | None = None,
     generator: torch.Generator | None = None,
 ) -> _Module:
     """Initialise every convolution of `module` in place by CZMI, and return `module`.
 
-    Weights as in `czm_weight_`, biases 0 (paper section 3.2). A parametrized weight is assigned, so
-    that its parametrization stores the parameters that it is computed from. Transposed
-    convolutions, whose filters are not along dimension 0, stay as they are.
+    Weights as in `czm_weight_`, biases 0 (paper section 3.2). The stem and depthwise convolutions
+    keep the means of their slices; so do all with `example_input`, unless `zero_mean` is True. A
+    parametrized weight is assigned, so that its parametrization stores the parameters that it is
+    computed from. Transposed convolutions, whose filters are not along dimension 0, stay as they
+    are.
 
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
         >>> round(czm_init_(network)[2].weight[0].norm().item(), 3)
@@ -102,8 +109,11 @@ def czm_init_(
             `czm_fused.calibration.calibrate_` then scales every convolution so that its output on
             this batch starts with the same spread. If None, every filter keeps the norm `gain`.
         gain: the norm of every filter, 0.8 by default, as in the paper; not with `example_input`.
-        stem: the convolution that reads the image, as a module or by its dotted name; it keeps the
-            means of its slices. If None, those built with `CZMConv*(..., stem=True)`.
+        zero_mean: whether spatial slices start with mean 0. By default True, as in the paper, but
+            False with `example_input`: without a shortcut beside them, such filters pass little of
+            what tells images apart.
+        stem: the convolution that reads the image, as a module or by its dotted name; by default
+            those built with `CZMConv*(..., stem=True)`.
         generator: the source of the weights; torch's default generator if None.
 
     Raises:
@@ -123,18 +133,24 @@ def czm_init_(
         )
     gain = GAIN if gain is None else gain
     check_gain(gain)
+    if zero_mean is None:
+        zero_mean = example_input is None
     convolutions = named_convolutions(module)
     stems = find_stems(convolutions, stem)
     _check_settable(convolutions)
     with _undone_on_error(convolutions.values()):
         for name, convolution in convolutions.items():
-            zero_mean = convolution not in stems
+            keeps_mean = not zero_mean or convolution in stems or is_depthwise(convolution)
+            options: dict[str, Any] = {
+                "gain": gain,
+                "zero_mean": not keeps_mean,
+                "generator": generator,
+            }
             if parametrize.is_parametrized(convolution, "weight"):
                 weight = torch.empty_like(convolution.weight, requires_grad=False)
-                czm_weight_(weight, gain=gain, zero_mean=zero_mean, generator=generator)
-                _assign(name, convolution, "weight", weight)
+                _assign(name, convolution, "weight", czm_weight_(weight, **options))
             else:
-                czm_weight_(convolution.weight, gain=gain, zero_mean=zero_mean, generator=generator)
+                czm_weight_(convolution.weight, **options)
             if parametrize.is_parametrized(convolution, "bias"):
                 bias: Any = convolution.bias
                 _assign(name, convolution, "bias", torch.zeros_like(bias))
@@ -258,6 +274,11 @@ def named_convolutions(module: nn.Module) -> dict[str, Convolution]:
             )
         convolutions[name] = child
     return convolutions
+
+
+def is_depthwise(convolution: _ConvNd) -> bool:
+    """Return True if every filter reads one channel of several."""
+    return convolution.groups == convolution.in_channels > 1
 
 
 def find_stems(

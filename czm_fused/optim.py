@@ -11,24 +11,27 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from czm_fused._internal import sharding
+from czm_fused._internal.loading import match_state_dict, restore_state
+from czm_fused._internal.parameters import (
+    check_params,
+    make_capturable,
+    name_params,
+    warn_of_shapes,
+)
 from czm_fused.ops import backends
 from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor, scalar
 from czm_fused.ops.step.operator import state_lists, states_of
 from czm_fused.ops.step.plan import StepPlan, select, split
 from czm_fused.ops.step.spec import (
-    DTYPES,
-    FILTER_FLAGS,
     HYPERPARAMETER_NAMES,
     HYPERPARAMETERS,
     OPTIONS,
     STATES,
-    Shape,
     StepFlag,
 )
-from czm_fused.ops.step.state import check_hyperparameters, fit_state, flags_of, prepare
+from czm_fused.ops.step.state import check_hyperparameters, flags_of, prepare
 from czm_fused.ops.step.tensors import ParamState, StepInputs
 
 _params_of = operator.itemgetter("params")
@@ -84,17 +87,22 @@ class FusedCZMSGD(Optimizer):
             schedulers update it in place. Default False. Any hyperparameter can be given as such.
         differentiable: accepted for `torch.optim.SGD`'s sake; False.
         foreach: accepted for `torch.optim.SGD`'s sake; None or False.
-        fused: accepted for `torch.optim.SGD`'s sake; None or True.
+        fused: True makes the step divide by a GradScaler's scale, and skip what is not finite, on
+            the device, as `torch.optim.SGD(fused=True)` does. None or False leave both to the
+            GradScaler, so that Lightning can clip and Accelerate sees which steps were skipped.
+            The step is fused in any case. Default None.
 
     Parameters may be DTensors, as `fully_shard` makes them: split along dimension 0 or not at all
-    where they are filters, anyhow else. Each rank steps its part, and nothing is communicated.
+    where they are filters, anyhow else. Each rank steps its part, and nothing is communicated but
+    gradients that are placed otherwise than their parameters.
 
     Every group can set `lr, momentum, dampening, weight_decay, nesterov, maximize, zmg, luma,
     exp_scale, master_weights` and `capturable`. The rows of a 2-d weight are filters only in a
     group that itself sets `luma` or `exp_scale` (its key `min_filter_dim` is then 2, else 3;
     `max_filter_dim` bounds them above).
-    With a bare `model.parameters()`, weights of transposed convolutions are treated as filters,
-    because they cannot be told apart; use `czm_param_groups` where there are any.
+    A bare `model.parameters()` has no modules to tell what is a filter: weights of transposed
+    convolutions are treated as filters, tensors of shape (1, positions, width) and (channels, 1, 1)
+    are not, and a warning names the shapes that may be either. `czm_param_groups` knows.
 
     State of a parameter: `momentum_buffer`, of its shape, dtype and layout; for exp-scaled filters
     `log_scale` (`g`) and `log_scale_momentum_buffer`, `(out_channels,)`, float32 (float64 for
@@ -104,14 +112,19 @@ class FusedCZMSGD(Optimizer):
 
     Raises:
         ValueError: a hyperparameter out of its range; a DTensor that splits filters.
-        TypeError: a parameter that is not real floating point.
+        TypeError: a parameter that is not floating point, or filters that are complex.
         RuntimeError: a backend asked for by name that cannot run; a sparse gradient.
+
+    Warns:
+        UserWarning: parameters that are treated as filters, as their shapes tell, and may be none.
     """
 
-    _step_supports_amp_scaling = True
+    # As torch.optim names it: a GradScaler hands its scale to `step` where this is True.
+    _step_supports_amp_scaling: bool
     # What a plan depends on beside layouts, and the plan; no plan holds a tensor or an address.
     _plans: dict[tuple[Any, ...], StepPlan]
     _converted: _Converted | None = None
+    _has_dtensors = False
 
     def __init__(
         self,
@@ -133,8 +146,6 @@ class FusedCZMSGD(Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        if fused is False:
-            raise ValueError("fused=False: FusedCZMSGD is fused; use backend='reference' instead")
         if foreach:
             raise ValueError("foreach=True: FusedCZMSGD is fused, which is faster; leave it out")
         if differentiable:
@@ -147,6 +158,7 @@ class FusedCZMSGD(Optimizer):
                 f"backend must be one of auto, {', '.join(backends.BACKENDS)}, but was {backend!r}"
             )
         self.backend = backend
+        self._step_supports_amp_scaling = bool(fused)
         self._plans = {}
         defaults = {
             "lr": lr,
@@ -169,22 +181,26 @@ class FusedCZMSGD(Optimizer):
         """Add a group, as `torch.optim.Optimizer.add_param_group` does, after checking it whole.
 
         The group becomes a copy of `param_group`, with tensors of its own for hyperparameters, so
-        that neither other groups nor the caller's values change with it.
+        that neither other groups nor the caller's values change with it. Where the others have
+        names and this one has none, its parameters are named by their places.
 
         Raises:
             ValueError: a hyperparameter out of its range, or parameters on several devices.
-            TypeError: a parameter that is not real floating point.
+            TypeError: a parameter that is not floating point, or filters that are complex.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         param_group = dict(param_group)
+        is_bare = not {"luma", "zmg", "exp_scale", "min_filter_dim"} & param_group.keys()
         names_filters = "luma" in param_group or "exp_scale" in param_group
         param_group.setdefault("min_filter_dim", 2 if names_filters else 3)
         param_group.setdefault("max_filter_dim", None)
         check_hyperparameters({**self.defaults, **param_group})
+        if self.param_groups and "param_names" in self.param_groups[0]:
+            name_params(param_group, len(self.param_groups))
         super().add_param_group(param_group)
         try:
-            _check_params(self.param_groups[-1])
+            check_params(self.param_groups[-1])
             for device in {p.device for p in self.param_groups[-1]["params"]}:
                 backends.choose(device, self.backend)
         except Exception:
@@ -194,40 +210,50 @@ class FusedCZMSGD(Optimizer):
         for name in HYPERPARAMETER_NAMES:
             if isinstance(group[name], Tensor):
                 group[name] = group[name].detach().clone()
-        _make_capturable(group)
+        make_capturable(group)
         self._plans.clear()
+        self._has_dtensors |= any(map(sharding.is_dtensor, group["params"]))
+        if is_bare:
+            warn_of_shapes(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend}
+        return {
+            **super().__getstate__(),
+            "backend": self.backend,
+            "_step_supports_amp_scaling": self._step_supports_amp_scaling,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = {}
         self._converted = None
         for group in self.param_groups:
+            self._has_dtensors |= any(map(sharding.is_dtensor, group["params"]))
             group.setdefault("min_filter_dim", 3)
             group.setdefault("max_filter_dim", None)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group.setdefault("capturable", False)
             group.setdefault("master_weights", False)
-            _make_capturable(group)
+            make_capturable(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this optimizer, or of `torch.optim.SGD`, whatever backend wrote it.
 
         The log-scales keep their float32, momentum takes its parameter's dtype and layout, and
-        hyperparameters that the dictionary does not know keep their present values.
+        hyperparameters that the dictionary does not know keep their present values. Parameters are
+        matched by name where both sides have names, whatever the order of the groups.
+
+        Raises:
+            ValueError: names that do not match, or a value of the wrong type, shape or range.
+                Nothing is loaded then.
         """
         present = [dict(group) for group in self.param_groups]
         loaded: dict[str, Any] = {}
 
-        def keep(_: Optimizer, final: dict[str, Any]) -> None:
-            for group, saved in zip(self.param_groups, final["param_groups"], strict=False):
-                for number, param in zip(saved["params"], group["params"], strict=False):
-                    for name, value in final["state"].get(number, {}).items():
-                        sharding.check_state(name, value, param)
-            loaded.update(final)
+        def match(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(match_state_dict(final, self.param_groups))
+            return dict(loaded)
 
         def restore(optimizer: Optimizer) -> None:
             saved_groups = loaded["param_groups"]
@@ -237,15 +263,15 @@ class FusedCZMSGD(Optimizer):
                 for name in (*self.defaults, "min_filter_dim", "max_filter_dim"):
                     if name not in saved and name in old:
                         group[name] = old[name]
-                _make_capturable(group)
+                make_capturable(group)
                 for number, param in zip(saved["params"], group["params"], strict=True):
-                    _restore_state(
+                    restore_state(
                         optimizer.state.get(param), loaded["state"].get(number, {}), param
                     )
 
         # torch casts all state to the parameter's dtype, and keeps the layout that was saved.
         handles = [
-            self.register_load_state_dict_pre_hook(keep),
+            self.register_load_state_dict_pre_hook(match),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
         try:
@@ -263,7 +289,7 @@ class FusedCZMSGD(Optimizer):
 
         Raises:
             ValueError: a hyperparameter that has left its range.
-            RuntimeError: a sparse gradient, or one of another dtype, device or placement than its
+            RuntimeError: a sparse gradient, or one of another shape, device or placement than its
                 parameter. Nothing is updated then.
         """
         loss = None
@@ -280,10 +306,13 @@ class FusedCZMSGD(Optimizer):
             return loss
         params = list(chain.from_iterable(map(_params_of, self.param_groups)))
         grads = list(map(_grad_of, params))
-        if _is_fake(params):
+        if sharding.is_fake(params):
             self._traced_step(grad_scale, found_inf)
             return loss
 
+        if self._has_dtensors:
+            # Once, as it may communicate, and a step may read the gradients again.
+            grads = sharding.place_grads(params, grads)
         converted = self._converted
         values = list(chain.from_iterable(map(_hyperparameters_of, self.param_groups)))
         if converted is None or not converted.is_of(values):
@@ -355,7 +384,7 @@ class FusedCZMSGD(Optimizer):
         states = states_of([list(map(sharding.local, tensors)) for tensors in lists], flags)
         hyperparameters = self._traced_hyperparameters()
         tensors = list(map(StepTensor.of, ours, map(StepFlag, flags), indices))
-        for (_, backend), numbers in split(ours, tensors, self.backend).items():
+        for (_, backend), numbers in split(ours, local_grads, tensors, self.backend).items():
             torch.ops.czm_fused.step_(
                 select(numbers, ours),
                 select(numbers, local_grads),
@@ -468,61 +497,3 @@ class _Converted:
             n for n, old in enumerate(self._values) if values[n] is not old
         ]
         return changed if {type(values[n]) for n in changed} <= {float} else None
-
-
-def _is_fake(params: list[Tensor]) -> bool:
-    if not params or type(params[0]) in (Tensor, torch.nn.Parameter):
-        return False
-    from torch._subclasses.fake_tensor import is_fake
-
-    return any(map(is_fake, params))
-
-
-def _make_capturable(group: dict[str, Any]) -> None:
-    if group["capturable"] and group["params"]:
-        device = group["params"][0].device
-        lr = group["lr"]
-        if not isinstance(lr, Tensor) or lr.device != device:
-            group["lr"] = torch.as_tensor(lr, dtype=torch.float32).to(device)
-
-
-def _restore_state(state: dict[str, Any] | None, saved: dict[str, Any], param: Tensor) -> None:
-    """Undo the cast of all state to the parameter's dtype, and give it the parameter's layout."""
-    if state is None:
-        return
-    if state.get("momentum_buffer") is None:
-        state.pop("momentum_buffer", None)
-    for spec in STATES:
-        # The momentum that torch has cast is right; all other state is taken as it was saved.
-        value = state.get(spec.name) if spec.dtype is None else saved.get(spec.name)
-        if spec.shape is Shape.SCALAR or not isinstance(value, Tensor):
-            continue
-        if spec.shape is Shape.PARAM and value.shape != param.shape:
-            # The next step refuses it; until then it can be deleted.
-            continue
-        state[spec.name] = fit_state(spec, value, param)
-
-
-def _check_params(group: dict[str, Any]) -> None:
-    params: list[Tensor] = group["params"]
-    for number, param in enumerate(params):
-        sharding.check_not_flattened(number, param)
-        if param.dtype not in DTYPES:
-            raise TypeError(
-                f"parameter {number} is {param.dtype}; FusedCZMSGD takes "
-                f"{', '.join(str(dtype) for dtype in DTYPES)}"
-            )
-        if is_traceable_wrapper_subclass(sharding.local(param)):
-            raise TypeError(
-                f"parameter {number} is a {type(sharding.local(param)).__name__}; FusedCZMSGD "
-                "takes plain tensors, and DTensors of them"
-            )
-        if param.layout != torch.strided:
-            raise TypeError(f"parameter {number} is {param.layout}; FusedCZMSGD takes dense ones")
-        sharding.check_placements(number, param, bool(flags_of(param, group) & FILTER_FLAGS))
-    devices = sorted({str(param.device) for param in params})
-    if len(devices) > 1:
-        raise ValueError(
-            f"a parameter group must be on one device, but has {', '.join(devices)}; "
-            "make one group for each"
-        )

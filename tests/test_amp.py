@@ -24,12 +24,15 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 @on_every_backend
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_autocast_with_a_scaler(dtype, clip, backend):
+def test_autocast_with_a_scaler(dtype, clip, fused, backend):
     """Scaled steps under autocast are the unscaled ones, whichever steps are skipped."""
     model, twin = network(), network()
-    optimizer, plain = (FusedCZMSGD(m.parameters(), **CZM, backend=backend) for m in (model, twin))
+    optimizer, plain = (
+        FusedCZMSGD(m.parameters(), **CZM, backend=backend, fused=fused) for m in (model, twin)
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     for seed, infinite in enumerate((True, False, True, False, False)):
         x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(seed))

@@ -352,7 +352,8 @@ def test_arguments_of_any_kind(example_input):
         ({"stem": nn.Conv2d(3, 4, 3)}, "stem must be a convolution"),
         ({"gain": 0.0}, "gain must be a positive number"),
         ({"gain": float("nan")}, "gain must be a positive number"),
-        ({"gain": 0.8, "from_pretrained": True}, "gain must be None with from_pretrained=True"),
+        ({"gain": 0.8, "from_pretrained": True}, "gain must be None with from_pretrained"),
+        ({"zero_mean": False, "from_pretrained": True}, "zero_mean must be None with from_pre"),
         ({"noise": 1.0}, r"noise must be in \[0, 1\)"),
         ({"noise": -0.1}, r"noise must be in \[0, 1\)"),
     ],
@@ -396,6 +397,18 @@ def test_stem_is_found_marked_and_keeps_its_means():
 
     assert converted(model, example_input=IMAGE, stem="later").stem == ("later",)
     assert czm_param_groups(model)[0]["param_names"] == ["later.weight"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_zero_mean"),
+    [({}, False), ({"gain": 0.8}, True), ({"gain": 0.8, "zero_mean": False}, False)],
+)
+def test_filters_start_with_any_mean_unless_a_gain_is_given(arguments, is_zero_mean):
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3), nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.BatchNorm2d(4))
+    convert(model, **arguments)
+    # As above: below 6e-7 where it is 0.
+    assert (model[3].weight.mean((2, 3)).abs().max() < 6e-7) == is_zero_mean
 
 
 def test_generator_and_gain_reach_the_initialisation():

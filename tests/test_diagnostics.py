@@ -425,6 +425,28 @@ def test_table_and_plot(tmp_path):
         assert path.read_bytes().startswith(start)
 
 
+@pytest.mark.parametrize("columns", [80, 40])
+def test_table_on_a_narrow_terminal(columns, monkeypatch):
+    """Columns are left out, and named; the table of a file is whole."""
+    model, images = network(), torch.randn(4, 3, 7, 7)
+    report = diagnose(model, images, trained(model, images))
+    whole = str(report)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = str(report).splitlines()
+    assert all(len(line) <= columns for line in lines[:-1])
+    assert lines[0] == whole.splitlines()[0][: len(lines[0])]
+    assert lines[-1].startswith("(too narrow for: ") and lines[-1].endswith(", effective lr)")
+
+
+def test_unknown_numbers_of_a_dead_layer_are_dashes():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3))
+    nn.init.zeros_(model[1].weight)
+    with pytest.warns(UserWarning, match="are dead"):
+        report = diagnose(model, torch.randn(4, 3, 8, 8))
+    assert "nan" not in str(report)
+
+
 def test_plot_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"czm-fused\[train\]"):

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import nn
 
 import czm_fused
 from czm_fused.ops.step import reference
@@ -74,6 +75,49 @@ def test_python_block(block, tmp_path, monkeypatch):
     # Padded, so that a traceback has the page's own line numbers.
     code = compile("\n" * (block.line - 1) + block.code, str(block.page), "exec")
     exec(code, {"__name__": "__main__"})
+
+
+def plain_network() -> nn.Module:
+    """Eight convolutions with BatchNorm and no shortcut, for three channels and ten classes."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in (16, 16, 16, 16, 32, 32, 32, 32):
+        stride = 2 if width > channels > 3 else 1
+        layers += [
+            nn.Conv2d(channels, width, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+@needs_pages
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/converting.md"])
+def test_conversion_block_learns(page):
+    datasets = pytest.importorskip("sklearn.datasets")
+    digits = datasets.load_digits()
+    images = torch.as_tensor(digits.images, dtype=torch.float32).div(8).sub(1)
+    images = images[:, None].repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)
+    labels = torch.as_tensor(digits.target)
+    code = next(b.code for b in BLOCKS if b.page == ROOT / page and "convert(" in b.code)
+    for old, new in (("torch.randn(16, 3, 64, 64)", "batch"), ("resnet18()", "network")):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"batch": images[:64], "network": plain_network()}
+    exec(code.replace("from torchvision.models import resnet18\n", ""), names)
+    losses = []
+    for _ in range(4):
+        for batch in torch.randperm(1536).split(64):
+            names["optimizer"].zero_grad()
+            loss = nn.functional.cross_entropy(names["model"](images[batch]), labels[batch])
+            loss.backward()
+            nn.utils.clip_grad_norm_(names["model"].parameters(), 1.0)
+            names["optimizer"].step()
+            losses.append(loss.item())
+    # Chance is ln(10) = 2.3, where a start with gain=0.8 stays.
+    assert sum(losses[-10:]) / 10 < 0.5
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "pycon"], ids=str)

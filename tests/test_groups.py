@@ -165,6 +165,27 @@ def test_kernels_of_any_dimension_are_told_apart_by_their_taps():
     assert groups["pointwise"] == ["1.weight", "3.weight"]
 
 
+def test_depthwise_filters_keep_the_mean_of_their_gradient():
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.Conv2d(4, 4, 3, groups=4),
+        nn.Conv2d(4, 8, 3, groups=4),
+        nn.Conv2d(8, 8, 3, groups=4),
+        nn.Conv2d(8, 8, 1, groups=8),
+        nn.Conv2d(8, 1, 3),
+        nn.Conv2d(1, 8, 3),
+    )
+    groups = czm_param_groups(network)
+    names = by_name(groups)
+    assert names["depthwise"] == ["1.weight", "2.weight"]
+    assert names["spatial"] == ["3.weight", "5.weight", "6.weight"]
+    assert names["pointwise"] == ["4.weight"]
+    depthwise = next(group for group in groups if group["name"] == "depthwise")
+    assert depthwise["zmg"] == 0.0 and depthwise["exp_scale"]
+    overridden = czm_param_groups(network, overrides={"depthwise": {"zmg": 0.85}})
+    assert [g["zmg"] for g in overridden if g["name"] == "depthwise"] == [0.85]
+
+
 def test_parameters_of_exp_scale_are_among_the_rest():
     network = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 4, 3, bias=False))
     exp_scale(network[1])
@@ -188,7 +209,7 @@ def test_printed_groups_say_what_was_decided():
     text = str(czm_param_groups(Network(), stem="reader", overrides={"rest": {"lr": 0.1}}))
     lines = text.splitlines()
     assert lines[0].split() == ["group", "parameters", "weights", "settings", "names"]
-    assert [line.split()[0] for line in lines[1:5]] == list(SETTINGS)
+    assert [line.split()[0] for line in lines[1:5]] == list(EXPECTED)
     assert "lr=0.1" in lines[4]
     assert "144" in lines[2]
     assert lines[5] == "stem: 'reader' (named by the caller)"
@@ -227,7 +248,7 @@ def test_fused_czm_sgd_takes_the_groups():
     [
         ({"stem": "head"}, "stem must name a convolution of the model, one of 'pointwise'"),
         ({"stem": nn.Conv2d(1, 1, 1)}, "stem must be a convolution of the model"),
-        ({"overrides": {"bias": {}}}, "among stem, spatial, pointwise, rest; but named 'bias'"),
+        ({"overrides": {"bias": {}}}, "among stem, .*, pointwise, rest; but named 'bias'"),
         ({"overrides": {"rest": {"betas": 1}}}, "hyperparameters among lr, .*; but set 'betas'"),
     ],
 )

@@ -19,7 +19,7 @@ CONVOLUTIONS = {
     "2d": lambda: nn.Conv2d(4, 6, (3, 2)),
     "3d": lambda: nn.Conv3d(4, 6, 3),
     "grouped": lambda: nn.Conv2d(4, 8, 3, groups=2),
-    "depthwise": lambda: nn.Conv2d(4, 4, 3, groups=4),
+    "one_channel": lambda: nn.Conv2d(1, 4, 3),
 }
 
 
@@ -113,6 +113,37 @@ def test_stem_and_pointwise_filters_keep_their_means(by_name):
         assert not convolution.bias.any()
     after = [*network[1][1].parameters(), *network[3].parameters()]
     assert all(map(torch.equal, untouched, after))
+
+
+@pytest.mark.parametrize("filters", [4, 8])
+def test_depthwise_filters_keep_their_means(filters):
+    torch.manual_seed(0)
+    built = CZMConv2d(4, filters, 3, groups=4)
+    for convolution in (built, czm_init_(nn.Conv2d(4, filters, 3, groups=4), zero_mean=True)):
+        assert (means(convolution.weight).abs() > 1e-3).any()
+        expected = torch.full((filters,), 0.8)
+        torch.testing.assert_close(norms(convolution.weight).float(), expected)
+
+
+@pytest.mark.parametrize(
+    ("measured", "zero_mean", "expected"),
+    [
+        (False, None, True),
+        (False, False, False),
+        (True, None, False),
+        (True, True, True),
+        (True, False, False),
+    ],
+)
+def test_means_are_zero_where_the_paper_s_gain_is_or_on_demand(measured, zero_mean, expected):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3))
+    example = torch.randn(16, 3, 8, 8) if measured else None
+    czm_init_(network, example_input=example, zero_mean=zero_mean, stem="0")
+    assert (means(network[0].weight).abs() > 1e-3).any()
+    # The measured scale may be some times the norm 0.8, and the rounding with it.
+    largest = means(network[2].weight).abs().max()
+    assert largest < 1e-6 if expected else largest > 1e-2
 
 
 def test_convolutions_built_as_stems_are_known():

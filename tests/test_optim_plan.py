@@ -23,13 +23,12 @@ def set_grads(params):
         p.grad = torch.randn(p.shape, dtype=p.dtype)
 
 
-def test_a_later_gradient_of_another_dtype_is_refused():
+def test_a_later_gradient_of_another_shape_is_refused():
     params, optimizer = stepped((8, 4, 3, 3), (8, 4, 3, 3))
     set_grads(params)
     before = [p.detach().clone() for p in params]
-    params[1].grad_dtype = None
-    params[1].grad = params[1].grad.bfloat16()
-    with pytest.raises(RuntimeError, match="gradient of parameter 1 is torch.bfloat16"):
+    params[1].grad.data = params[1].grad[:4]
+    with pytest.raises(RuntimeError, match=r"gradient of parameter 1 .* of shape \(4,"):
         optimizer.step()
     assert_equal([p.detach() for p in params], before)
 

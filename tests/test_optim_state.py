@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from czm_fused import FusedCZMSGD
+from czm_fused import FusedCZMSGD, czm_param_groups
 from czm_fused.ops.step import reference
 from small_training import (
     CZM,
@@ -180,11 +180,116 @@ def test_a_dictionary_of_another_network_is_refused():
     assert_equal(state_of(optimizer), before)
 
 
-def test_copies_keep_their_backend_and_amp_contract():
-    optimizer = FusedCZMSGD(network().parameters(), **CZM, backend="reference")
+def value_at(dictionary, path, value):
+    """Return a copy of a nested dictionary with another value at `path`; None there deletes it."""
+    dictionary = copy.deepcopy(dictionary)
+    inner = dictionary
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is None:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return dictionary
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("state",), None, "state_dict must have 'state'"),
+        (("state",), [1], "state_dict must have 'state', but it was a list"),
+        (("param_groups",), "none", "state_dict must have 'param_groups', but it was a str"),
+        (("param_groups", 0), [0], "group 0 of state_dict must be a dictionary"),
+        (("param_groups", 0, "params"), 3, "group 0 of state_dict must be a dictionary"),
+        (("param_groups", 0, "lr"), "0.1", "lr must be a number or a 0-d tensor, but was '0.1'"),
+        (("param_groups", 0, "lr"), -1.0, "lr must be a finite number >= 0"),
+        (("param_groups", 0, "momentum"), [0.9], "momentum must be a number"),
+        (("param_groups", 0, "zmg"), torch.ones(2), "zmg must be a number"),
+        (("param_groups", 0, "nesterov"), "no", "nesterov must be a number"),
+        (("param_groups", 0, "exp_scale"), "no", "exp_scale must be True or False, but was 'no'"),
+        (("param_groups", 0, "master_weights"), 0.5, "master_weights must be True or False"),
+        (("param_groups", 0, "min_filter_dim"), "3", "min_filter_dim must be a number of dim"),
+        (("param_groups", 0, "max_filter_dim"), 3.5, "max_filter_dim must be a number of dim"),
+        (("state", 0), 7, "the state of parameter 0 must be a dictionary, but was a int"),
+        (("state", 0, "momentum_buffer"), [0.0], "momentum_buffer of parameter 0 must be a tensor"),
+        (("state", 0, "log_scale"), "g", "log_scale of parameter 0 must be a tensor"),
+        (("state", 0, "log_scale"), torch.ones(4), "log_scale of parameter 0 must have shape"),
+        (("state", 0, "log_scale"), torch.ones(5) * 1j, "log_scale of parameter 0 must be dense"),
+        (
+            ("state", 2, "momentum_buffer"),
+            torch.ones(4, 5, 1, 1).to_sparse(),
+            "momentum_buffer of parameter 2 must be dense and real",
+        ),
+        (("state", 0, "step"), "first", "step of parameter 0 must be a tensor, but was a str"),
+    ],
+)
+def test_a_dictionary_of_wrong_values_is_refused_whole(path, value, message):
+    model, twin = network(), network()
+    optimizer, other = (
+        FusedCZMSGD(m.parameters(), **CZM, dampening=0.5) for m in (model, twin)
+    )
+    train(model, optimizer, 1)
+    train(twin, other, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message) as error:
+        optimizer.load_state_dict(value_at(other.state_dict(), path, value))
+    assert "\n" not in str(error.value)
+    assert_equal(optimizer.state_dict(), before)
+    train(model, optimizer, 1, begin=1)
+    assert_equal(weights(model), weights(twin))
+
+
+def named_optimizer(model, stem):
+    return FusedCZMSGD(czm_param_groups(model, stem=stem), **CZM)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_state_is_matched_by_name(prefix):
+    """Groups of another order get the state of their parameters, not of their places."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(12, 2))
+    optimizer = named_optimizer(model, "0")
+    train(model, optimizer, 2)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group["param_names"] = [prefix + name for name in group["param_names"]]
+    other = named_optimizer(model, "1")
+    other.load_state_dict(saved)
+    for param in model.parameters():
+        assert_equal(other.state[param], optimizer.state[param])
+    assert [group["param_names"][0] for group in other.param_groups] == [
+        "1.weight", "0.weight", "0.bias"
+    ]  # fmt: skip
+
+
+def test_names_of_another_network_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+    other = nn.Sequential()
+    other.add_module("first", model[0])
+    other.add_module("1", model[1])
+    optimizer = named_optimizer(model, "0")
+    message = "lacks 0.bias, 0.weight and has first.bias, first.weight"
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(named_optimizer(other, "first").state_dict())
+
+
+def test_a_group_without_names_joins_those_that_have_some():
+    model = network()
+    optimizer = named_optimizer(model[:2], "0")
+    for added in (model[2].weight, model[4].parameters()):
+        optimizer.add_param_group({"params": added})
+    names = [name for group in optimizer.param_groups[2:] for name in group["param_names"]]
+    assert names == ["group2.0", "group3.0", "group3.1"]
+    train(model, optimizer, 1)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert "log_scale" in optimizer.state[model[2].weight]
+
+
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_copies_keep_their_backend_and_amp_contract(fused):
+    optimizer = FusedCZMSGD(network().parameters(), **CZM, backend="reference", fused=fused)
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert other.backend == "reference"
-        assert other._step_supports_amp_scaling
+        assert other._step_supports_amp_scaling is (fused is True)
         assert other.param_groups[0]["zmg"] == 0.85
 
 
@@ -199,10 +304,11 @@ def scaled_backward(model, scaler, seed, infinite=False):
 
 
 @on_every_backend
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("options", [{}, {"dampening": 0.5}, {"nesterov": True}])
-def test_grad_scaler_skips_without_a_trace(options, backend):
+def test_grad_scaler_skips_without_a_trace(options, fused, backend):
     model, twin = network(), network()
-    optimizer = FusedCZMSGD(model.parameters(), **CZM, **options, backend=backend)
+    optimizer = FusedCZMSGD(model.parameters(), **CZM, **options, backend=backend, fused=fused)
     plain = FusedCZMSGD(twin.parameters(), **CZM, **options, backend=backend)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     # The first step, and a later one, meet an infinity.
@@ -223,9 +329,10 @@ def test_grad_scaler_skips_without_a_trace(options, backend):
 
 
 @on_every_backend
-def test_grad_scaler_with_unscaling_and_clipping(backend):
+@pytest.mark.parametrize("fused", [None, True])
+def test_grad_scaler_with_unscaling_and_clipping(fused, backend):
     model, twin = network(), network()
-    optimizer = FusedCZMSGD(model.parameters(), **CZM, backend=backend)
+    optimizer = FusedCZMSGD(model.parameters(), **CZM, backend=backend, fused=fused)
     plain = FusedCZMSGD(twin.parameters(), **CZM, backend=backend)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for seed, infinite in enumerate((True, False, False)):

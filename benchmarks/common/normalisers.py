@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from czm_fused import FusedCZMSGD, czm_init_, czm_param_groups
-from czm_fused.calibration import calibrate_
 from czm_fused.functional import add_relu_noise
 
 CLASSES = 10
@@ -242,15 +241,13 @@ def build(network: str, provider: str, batch: Tensor, seed: int, width: int = 16
     torch.manual_seed(seed)
     chosen = PROVIDERS[provider]
     model: nn.Module = NETWORKS[network](chosen, width)
-    if chosen.czm is not None:
-        czm_init_(model, stem="0.0")
-    else:
+    if chosen.czm is None:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     model = model.to(batch.device).train()
-    if chosen.czm is not None and network != "resnet20":
-        calibrate_(model, batch)
+    if chosen.czm is not None:
+        czm_init_(model, stem="0.0", example_input=None if network == "resnet20" else batch)
     return model
 
 

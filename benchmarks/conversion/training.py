@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from czm_fused import FusedCZMSGD, convert, czm_param_groups
-from czm_fused.calibration import calibrate_
+from czm_fused.calibration import BRANCH, TARGET, calibrate_
 
 from .data import Images
 from .networks import NETWORKS
@@ -31,17 +30,13 @@ class Settings:
         network: one of `NETWORKS`.
         method: "bn", momentum SGD with weight decay 5e-4, or "czm".
         steps, batch: how many steps, of how many images.
-        lr: rate of the filters (bn: of everything), half a cosine.
-        lr_bias, lr_head: rates of biases and of linear layers; None: `lr`.
-        g_rate: rate of the log-scales g as a share of `lr`.
-        warmup: steps of linear warm-up.
+        lr: the rate, half a cosine.
+        lr_rest: the rate of biases and linear layers (czm); None: `lr`.
+        warmup: steps of linear warm-up (czm).
         zmg, luma: of `FusedCZMSGD`.
-        clip: bound of the norm of all gradients; 0: none.
-        agc: bound of the norm of dV of one filter, whose norm ‖V‖ is about 1; 0: none.
-        start: "calibrated" by `calibrate_`, or "gain": every filter has the norm `gain`.
-        target, branch, center: of `calibrate_`.
-        depthwise_zero_mean: whether depthwise filters start and stay at zero mean, as others do.
-        noise: of `convert`.
+        clip: bound of the norm of all gradients (czm); 0: none.
+        gain, zero_mean, noise: of `convert`.
+        target, branch, center: of `calibrate_`, without `gain`.
         seed: of the weights and of the order of images.
         split: "held_out" or "test", the images of the accuracy.
     """
@@ -51,134 +46,40 @@ class Settings:
     steps: int = 1500
     batch: int = 64
     lr: float = 0.1
-    lr_bias: float | None = None
-    lr_head: float | None = None
-    g_rate: float = 1.0
-    warmup: int = 100
-    zmg: float = 0.85
+    lr_rest: float | None = None
+    warmup: int = 0
+    zmg: float = 0.98
     luma: float = 5e-4
-    clip: float = 0.0
-    agc: float = 0.05
-    start: str = "calibrated"
-    gain: float = 0.8
-    target: float = 1.0
-    branch: float = 0.5
-    center: bool = True
-    depthwise_zero_mean: bool = False
+    clip: float = 1.0
+    gain: float | None = None
+    zero_mean: bool | None = None
     noise: float = 0.0
+    target: float = TARGET
+    branch: float = BRANCH
+    center: bool = True
     seed: int = 0
     split: str = "held_out"
-
-
-class ClippedCZMSGD(FusedCZMSGD):
-    """FusedCZMSGD with a bound on each filter's gradient and a rate of their own for log-scales.
-
-    Args:
-        params: as in `FusedCZMSGD`.
-        agc: bound of ‖dV[f]‖ = exp(g[f]) ‖dW[f]‖; 0: none.
-        g_rate: rate of g as a share of the learning rate.
-        defaults: as in `FusedCZMSGD`.
-    """
-
-    def __init__(self, params: Any, *, agc: float, g_rate: float, **defaults: Any) -> None:
-        super().__init__(params, **defaults)
-        self.agc = agc
-        self.g_rate = g_rate
-
-    def _filters(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for weight in (p for group in self.param_groups for p in group["params"]):
-            if weight.grad is not None and "log_scale" in self.state.get(weight, {}):
-                yield weight, self.state[weight]["log_scale"]
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Take a step; the first one, which makes the log-scales, is not clipped."""
-        before = {}
-        for weight, g in self._filters():
-            before[weight] = g.clone()
-            if self.agc:
-                norms = weight.grad.flatten(1).norm(dim=1) * g.exp()  # type: ignore[union-attr]
-                factors = (self.agc / norms.clamp(min=1e-12)).clamp(max=1)
-                weight.grad.mul_(_by_filter(factors, weight))  # type: ignore[union-attr]
-        result = super().step(closure)
-        if self.g_rate != 1:
-            for weight, g in self._filters():
-                if weight in before:
-                    wanted = before[weight] + self.g_rate * (g - before[weight])
-                    weight.mul_(_by_filter((wanted - g).exp(), weight))
-                    g.copy_(wanted)
-        return result
-
-
-def _by_filter(factors: Tensor, weight: Tensor) -> Tensor:
-    return factors.view(-1, *[1] * (weight.dim() - 1))
-
-
-def _is_depthwise(convolution: nn.Conv2d) -> bool:
-    return convolution.groups == convolution.in_channels > 1
-
-
-def _channels_last(model: Any) -> nn.Module:
-    converted: nn.Module = model.to(memory_format=torch.channels_last)
-    return converted
 
 
 def build(s: Settings, example: Tensor) -> nn.Module:
     """Build the network of `s`, converted unless its method is "bn"; `example` is a batch."""
     torch.manual_seed(s.seed)
-    model = NETWORKS[s.network]()
-    if s.method == "bn":
-        return _channels_last(model)
-    options: dict[str, Any] = {"noise": s.noise} if s.noise else {}
-    converted: Any = convert(model, example_input=example[:16], gain=s.gain, **options)
-    model = converted[0] if isinstance(converted, tuple) else converted
-    if not s.depthwise_zero_mean:
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, nn.Conv2d) and _is_depthwise(module):
-                    module.weight.uniform_(-1, 1)
-                    norms = module.weight.flatten(1).norm(dim=1)
-                    module.weight.mul_(_by_filter(s.gain / norms, module.weight))
-    if s.start == "calibrated":
-        calibrate_(model, example, target=s.target, branch=s.branch, center=s.center)
-    return _channels_last(model)
-
-
-def groups_of(model: nn.Module, s: Settings) -> list[dict[str, Any]]:
-    """Return `czm_param_groups(model)` with depthwise filters, biases and linear layers apart."""
-    groups = []
-    for group in czm_param_groups(model):
-        parts: dict[str, list[tuple[str, Tensor]]] = {}
-        for name, p in zip(group["param_names"], group["params"], strict=True):
-            part = group["name"]
-            if part == "spatial" and p.shape[1] == 1 and not s.depthwise_zero_mean:
-                part = "depthwise"
-            elif part == "rest":
-                part = "bias" if p.dim() < 2 else "head"
-            parts.setdefault(part, []).append((name, p))
-        for part, named in parts.items():
-            settings = dict(group, name=part, params=[p for _, p in named])
-            settings["param_names"] = [name for name, _ in named]
-            if part == "depthwise":
-                settings["zmg"] = 0.0
-            rate = {"bias": s.lr_bias, "head": s.lr_head}.get(part)
-            groups.append(settings if rate is None else dict(settings, lr=rate))
-    return groups
+    model: Any = NETWORKS[s.network]()
+    if s.method == "czm":
+        convert(model, example_input=example, gain=s.gain, zero_mean=s.zero_mean, noise=s.noise)
+        if s.gain is None and (s.target, s.branch, s.center) != (TARGET, BRANCH, True):
+            calibrate_(model, example, target=s.target, branch=s.branch, center=s.center)
+    channels_last: nn.Module = model.to(memory_format=torch.channels_last)
+    return channels_last
 
 
 def optimizer_of(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
     """Return the optimizer of the method."""
     if s.method == "bn":
         return torch.optim.SGD(model.parameters(), lr=s.lr, momentum=0.9, weight_decay=5e-4)
-    return ClippedCZMSGD(
-        groups_of(model, s),
-        agc=s.agc,
-        g_rate=s.g_rate,
-        lr=s.lr,
-        momentum=0.9,
-        zmg=s.zmg,
-        luma=s.luma,
-    )
+    overrides = {} if s.lr_rest is None else {"rest": {"lr": s.lr_rest}}
+    groups = czm_param_groups(model, overrides=overrides)
+    return FusedCZMSGD(groups, lr=s.lr, momentum=0.9, zmg=s.zmg, luma=s.luma)
 
 
 def spread(logits: Tensor) -> float:
@@ -212,7 +113,7 @@ def train(s: Settings, data: Path) -> dict[str, Any]:
         loss = F.cross_entropy(output.float(), y)
         optimizer.zero_grad()
         loss.backward()
-        if s.clip:
+        if s.clip and s.method == "czm":
             nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         optimizer.step()
         schedule.step()

@@ -17,6 +17,8 @@ inline namespace CZM_ARCH {
 
 // Weights between the running sums in opmath_t and their totals in double.
 constexpr int64_t kSumBlock = 4096;
+// Terms of a channel's sum that are added one after the other; longer sums are compensated.
+constexpr int64_t kMostPlainTerms = 256;
 // How far ahead of the update memory is fetched, in bytes, where filters are shorter than that.
 constexpr int64_t kPrefetchBytes = 4096;
 
@@ -196,6 +198,34 @@ inline void update_with_mean(const Filter<Stored>& filter, const FilterRule<T>& 
   }
 }
 
+// A running sum whose error does not grow with the number of terms (Kahan).
+template <class T> struct CompensatedSum {
+  T total{};
+  T excess{};
+
+  void add(T term) {
+    const T rest = term - excess;
+    const T next = total + rest;
+    excess = (next - total) - rest;
+    total = next;
+  }
+};
+
+// The sums over a row of `width` weights and the `rows` - 1 rows that follow it, each `stride` after
+// the last; lanes from `width` on are zero.
+template <class Stored, class T>
+T sum_rows(const Filter<Stored>& filter, const FilterRule<T>& rule, int64_t rows, int64_t stride,
+           int64_t width) {
+  CompensatedSum<T> sum;
+  for (int64_t i = 0; i < rows * stride; i += stride) {
+    if (width >= kLanes<opmath_type<Stored>>)
+      sum.add(grad_vector(filter, i, rule));
+    else
+      sum.add(first_of_grad_vector(filter, i, rule, width));
+  }
+  return sum.total;
+}
+
 // One channel after the other, each with its own mean: any number of taps.
 template <class Stored, class T>
 void update_channels(const Filter<Stored>& filter, const FilterRule<T>& rule, int64_t taps) {
@@ -206,6 +236,10 @@ void update_channels(const Filter<Stored>& filter, const FilterRule<T>& rule, in
     channel.numel = taps;
     T sum{};
     int64_t i = 0;
+    if (taps > kMostPlainTerms * lanes) {
+      i = taps / lanes * lanes;
+      sum = sum_rows(channel, rule, taps / lanes, lanes, lanes);
+    }
     for (; i + lanes <= taps; i += lanes) sum += grad_vector(channel, i, rule);
     // Lanes beyond the last tap are zero, and so is their gradient.
     if (i < taps) sum += first_of_grad_vector(channel, i, rule, taps - i);
@@ -244,11 +278,13 @@ template <class Stored, class T>
 void update_channels_last(const Filter<Stored>& filter, const FilterRule<T>& rule, int64_t taps) {
   constexpr int lanes = kLanes<opmath_type<Stored>>;
   const int64_t channels = filter.numel / taps;
+  const int64_t plain_taps = taps <= kMostPlainTerms ? taps : 0;
   int64_t channel = 0;
   for (; channel + lanes <= channels; channel += lanes) {
     T sum{};
-    for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t tap = 0; tap < plain_taps; ++tap)
       sum += grad_vector(filter, tap * channels + channel, rule);
+    if (!plain_taps) sum = sum_rows(filter.from(channel), rule, taps, channels, lanes);
     const T removed = rule.mean * sum;
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t i = tap * channels + channel;
@@ -259,8 +295,9 @@ void update_channels_last(const Filter<Stored>& filter, const FilterRule<T>& rul
   if (channel == channels) return;
   const int64_t count = channels - channel;
   T sum{};
-  for (int64_t tap = 0; tap < taps; ++tap)
+  for (int64_t tap = 0; tap < plain_taps; ++tap)
     sum += first_of_grad_vector(filter, tap * channels + channel, rule, count);
+  if (!plain_taps) sum = sum_rows(filter.from(channel), rule, taps, channels, count);
   for (int64_t tap = 0; tap < taps; ++tap)
     update_first_of_vector(filter, tap * channels + channel, rule, rule.mean * sum, count);
 }

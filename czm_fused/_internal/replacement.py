@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from czm_fused.nn import ChannelAffine, ChannelNoise, Copy
+from czm_fused.nn import ChannelAffine, ChannelNoise, Copy, ReLU6
 
 
 @contextmanager
@@ -48,6 +48,24 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         for key, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[key] = replacements[child]
+
+
+def save_outputs_alone(model: nn.Module) -> None:
+    """Put `czm_fused.nn.ReLU6` in the place of torch's within `model`, except those with hooks."""
+    found = [module for module in model.modules() if type(module) is nn.ReLU6]
+    replace_modules(
+        model, {each: ReLU6().train(each.training) for each in found if not has_hooks(each)}
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if anything is registered to be called with the passes of `module`."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
 
 
 def add_bias(convolution: Any) -> None:

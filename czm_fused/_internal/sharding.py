@@ -1,4 +1,6 @@
-"""Parameters that are DTensors: each rank steps its own filters, without communication."""
+"""Parameters that are not plain tensors of numbers: DTensors, of which each rank steps its own
+filters without communication, complex ones, and those that have yet to be initialised.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,24 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
 def is_special(tensor: Tensor) -> bool:
-    """Return True for a DTensor or any other subclass of Tensor than Parameter."""
-    return type(tensor) not in (Tensor, torch.nn.Parameter)
+    """Return True for a complex tensor, a DTensor or any other subclass than Parameter."""
+    return type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_complex()
+
+
+def is_fake(params: Sequence[Tensor]) -> bool:
+    """Return True if any parameter has no memory because a FakeTensorMode made it."""
+    if not params or type(params[0]) in (Tensor, torch.nn.Parameter):
+        return False
+    from torch._subclasses import fake_tensor
+
+    return any(map(fake_tensor.is_fake, params))
 
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
@@ -32,16 +44,22 @@ def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a DTensor, or a plain alias of another subclass of Tensor.
 
-    Both share the memory of `tensor`; a plain tensor is returned itself.
+    Both share the memory of `tensor`, unless it has a conjugate bit, and are real, with a last
+    dimension more where it is complex. A plain tensor is returned itself, and so is one without a
+    shape.
     """
-    if not is_dtensor(tensor):
-        if not is_special(tensor):
-            return tensor
+    if not is_special(tensor):
+        return tensor
+    if is_dtensor(tensor):
+        part = tensor.to_local()
+        # What a collective has yet to deliver can be waited for.
+        plain: Tensor = part.wait() if hasattr(part, "wait") else part
+    elif is_lazy(tensor):
+        return tensor
+    else:
         with torch._C.DisableTorchFunctionSubclass():
-            return tensor.detach()
-    part = tensor.to_local()
-    # What a collective has yet to deliver can be waited for.
-    return part.wait() if hasattr(part, "wait") else part
+            plain = tensor.detach()
+    return torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
 
 
 def check_not_flattened(number: int, param: Tensor) -> None:
@@ -84,21 +102,41 @@ def check_placements(number: int, param: Tensor, has_filters: bool) -> None:
         )
 
 
-def local_grads(
+def place_grads(
     params: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Return this rank's parts of the gradients.
+    """Return the gradients placed as their parameters are, as torch's optimizers take them.
+
+    Those of DTensors on the same ranks are redistributed, such as the sums that are still to be
+    made of an input split over the ranks; all ranks take part.
 
     Raises:
-        RuntimeError: a gradient that is not placed as its parameter is.
+        RuntimeError: a gradient that is a DTensor where its parameter is none, or the reverse, or
+            that is on other ranks.
     """
+    placed: list[Tensor | None] = list(grads)
     for number, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if grad is not None and _placed(grad) != _placed(param):
+        if grad is None or _placed(grad) == _placed(param):
+            continue
+        if not (is_dtensor(grad) and is_dtensor(param) and grad.device_mesh == param.device_mesh):
             raise RuntimeError(
                 f"the gradient of parameter {number} is {_describe(grad)}, but the parameter is "
                 f"{_describe(param)}; redistribute the gradient, or accumulate it, as the parameter"
             )
-    return [None if grad is None else local(grad) for grad in grads]
+        placed[number] = grad.redistribute(placements=param.placements)
+    return placed
+
+
+def local_grads(
+    params: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return this rank's parts of the gradients, placed as `place_grads` does.
+
+    Raises:
+        RuntimeError: what `place_grads` refuses.
+    """
+    placed = place_grads(params, grads)
+    return [None if grad is None else local(grad) for grad in placed]
 
 
 def per_filter(values: Tensor, param: Tensor) -> Tensor:

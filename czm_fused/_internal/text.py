@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import math
+import shutil
+import sys
 from collections.abc import Collection, Sequence
 from html import escape
+from itertools import accumulate
 
 
 def format_table(rows: Sequence[Sequence[str]], right_aligned: Collection[int] = ()) -> str:
     """Return `rows`, the first of them the header, in aligned columns.
+
+    On a terminal that is too narrow the last columns are left out, and named below.
 
     Args:
         rows: the cells, as many in each row.
         right_aligned: the indices of the columns whose cells end at the same place.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    ends = accumulate(width + 2 for width in widths)
+    shown = max(1, sum(end - 2 <= _available_width() for end in ends))
     lines = []
     for row in rows:
         cells = (
             cell.rjust(width) if column in right_aligned else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            for column, (cell, width) in enumerate(zip(row[:shown], widths, strict=False))
         )
         lines.append("  ".join(cells).rstrip())
+    if shown < len(widths):
+        lines.append(f"(too narrow for: {', '.join(rows[0][shown:])})")
     return "\n".join(lines)
+
+
+def _available_width() -> float:
+    """Return the columns of the terminal that is printed to, if it is one."""
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return shutil.get_terminal_size().columns if is_terminal else math.inf
 
 
 def shorten(names: Sequence[str], most: int = 3) -> str:

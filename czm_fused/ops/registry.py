@@ -1,5 +1,8 @@
 """Defines an operator once: its schema, fake, plain-torch form, gradient and kernels by backend."""
 
+# torch is typed in part.
+# mypy: allow-untyped-calls, no-warn-return-any
+
 from __future__ import annotations
 
 import importlib

@@ -1,5 +1,7 @@
 """What every Triton launch needs to know of a device and of a dtype."""
 
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 import contextlib

@@ -1,5 +1,8 @@
 """From the uint8 pixels of a batch to the input of the network, on the device of the pixels."""
 
+# torch is typed in part.
+# mypy: allow-untyped-calls
+
 from __future__ import annotations
 
 import torch

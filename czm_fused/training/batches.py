@@ -1,5 +1,8 @@
 """Where the batches of a training come from: images on the device, or the user's DataLoaders."""
 
+# torch is typed in part.
+# mypy: allow-untyped-calls
+
 from __future__ import annotations
 
 from collections.abc import Iterable

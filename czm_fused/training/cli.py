@@ -1,5 +1,7 @@
 """The command line of `czm-train`, made from `Config`."""
 
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """The data sets, as uint8 tensors."""
 
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 import os

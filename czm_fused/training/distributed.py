@@ -1,5 +1,8 @@
 """One training in several processes, started by `torchrun`, each with its share of every batch."""
 
+# torch is typed in part.
+# mypy: allow-untyped-calls
+
 from __future__ import annotations
 
 import os

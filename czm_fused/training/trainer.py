@@ -1,5 +1,8 @@
 """The training itself: epochs of steps, tests, and the state to go on from."""
 
+# torch is typed in part.
+# mypy: allow-untyped-calls, disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 import math

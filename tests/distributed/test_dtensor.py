@@ -18,6 +18,7 @@ from torch.distributed.tensor import (  # noqa: E402
     Partial,
     Replicate,
     Shard,
+    distribute_module,
     distribute_tensor,
 )
 from torch.distributed.tensor.placement_types import _StridedShard  # noqa: E402
@@ -150,25 +151,68 @@ def test_placements_that_cut_filters_are_refused():
 
 
 @on_both_ranks
-def test_gradients_placed_otherwise_are_refused():
+def test_plain_gradients_of_dtensors_are_refused():
     whole, parts = pair(mesh(2), [Shard(0)], ((4, 3, 3, 3), (4, 3)))
     optimizer = FusedCZMSGD(parts, **OPTIONS)
-    for made_a_plan in (False, True):
-        for grad, message in (
-            (distribute(torch.ones(4, 3), mesh(2), [Replicate()]), "placements .*Replicate"),
-            (DTensor.from_local(torch.ones(4, 3), mesh(2), [Partial()]), "placements .*Partial"),
-            (torch.ones(4, 3), "a plain tensor"),
-        ):
-            set_grads(whole, parts)
-            before = [full(p.detach()).clone() for p in parts]
-            parts[1].grad = None
-            parts[1].grad = grad
-            with pytest.raises(RuntimeError, match=f"gradient of parameter 1 is .*{message}"):
-                optimizer.step()
-            assert_equal([full(p.detach()) for p in parts], before)
-        if not made_a_plan:
-            set_grads(whole, parts)
+    for _ in range(2):
+        set_grads(whole, parts)
+        before = [full(p.detach()).clone() for p in parts]
+        parts[1].grad = None
+        parts[1].grad = torch.ones(4, 3)
+        with pytest.raises(RuntimeError, match="gradient of parameter 1 is a plain tensor"):
             optimizer.step()
+        assert_equal([full(p.detach()) for p in parts], before)
+        set_grads(whole, parts)
+        optimizer.step()
+
+
+@on_both_ranks
+def test_gradients_placed_otherwise_are_redistributed():
+    """As torch.optim.SGD does: sums that are still to be made above all."""
+    whole, parts = pair(mesh(2), [Shard(0)], ((4, 3, 3, 3), (4, 3), (4,)))
+    optimizer, single = (FusedCZMSGD(each, **OPTIONS) for each in (parts, whole))
+    for number in range(3):
+        set_grads(whole, parts)
+        for p, q in zip(whole[number:], parts[number:], strict=True):
+            placements = [Replicate()] if number == 1 else [Partial()]
+            share = p.grad if number == 1 else p.grad / 2
+            q.grad = DTensor.from_local(share.clone(), q.device_mesh, placements)
+        optimizer.step()
+        single.step()
+        assert_same(whole, single, parts, optimizer)
+
+
+@on_both_ranks
+def test_downsampling_convolution():
+    """As torch's test of that name: replicated weights, images that are split over the ranks."""
+    for dim in (0, 3):
+        for options in (PLAIN, {"momentum": 0.9}):
+            check_downsampling_convolution(dim, options)
+
+
+def check_downsampling_convolution(dim, options):
+    torch.manual_seed(0)
+    single = nn.Conv2d(3, 8, 4, stride=4)
+    sharded = copy.deepcopy(single)
+
+    def replicate(name, module, device_mesh):
+        for key, param in module.named_parameters():
+            whole = distribute(param.detach(), device_mesh, [Replicate()])
+            module.register_parameter(key, nn.Parameter(whole))
+
+    sharded = distribute_module(sharded, mesh(2), replicate)
+    optimizers = [FusedCZMSGD(m.parameters(), lr=0.1, **options) for m in (single, sharded)]
+    for _ in range(4):
+        images, grads = torch.rand(4, 3, 16, 32), 1e-2 * torch.rand(4, 8, 4, 8)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        single(images).backward(grads)
+        images, grads = (distribute_tensor(x, mesh(2), [Shard(dim)]) for x in (images, grads))
+        sharded(images).backward(grads)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(single.parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(q.to_local(), p)
 
 
 @on_both_ranks

@@ -6,6 +6,8 @@ from short_training import BATCH, assert_same, loss_of, network, optimizer_of, t
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from czm_fused.diagnostics import watch
+
 accelerate = pytest.importorskip("accelerate")
 
 
@@ -66,3 +68,32 @@ def test_training_goes_on_from_a_saved_state(prepare, tmp_path):
     accelerator.load_state(tmp_path)
     epoch(accelerator, model, *rest)
     assert_same(model.state_dict(), expected)
+
+
+def test_an_overflow_reads_as_a_skipped_step(prepare):
+    """And the learning-rate schedule does not advance."""
+    prepare()
+    model = network()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(optimizer_of(model), scaler=scaler)
+    for infinite in (False, True, False):
+        before = [p.detach().clone() for p in model.parameters()]
+        images, labels = task()
+        loss = F.cross_entropy(model(images), labels)
+        scaler.scale(loss * float("inf") if infinite else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.step_was_skipped is infinite
+        same = [torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+        assert all(same) if infinite else not any(same)
+
+
+def test_watch_takes_what_was_prepared(prepare):
+    accelerator, model, optimizer, loader, schedule = prepare()
+    logs = {}
+    handle = watch(model, optimizer, task()[0], log=lambda x, step: logs.update({step: x}), every=2)
+    epoch(accelerator, model, optimizer, loader, schedule)
+    handle.remove()
+    assert list(logs) == [2, 4]
+    # The rate at which directions turn is known only to the optimizer.
+    assert any(name.endswith("effective_lr") for name in logs[4])

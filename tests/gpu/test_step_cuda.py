@@ -41,7 +41,8 @@ def assert_same_parameters(model, expected):
 
 
 def optimizer_of(model, backend="cuda", lr=0.1):
-    return FusedCZMSGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, backend=backend)
+    options = {"momentum": 0.9, "nesterov": True, "backend": backend, "fused": True}
+    return FusedCZMSGD(model.parameters(), lr=lr, **options)
 
 
 # Held by a warp, by 64, 128 or 256 threads with one team idle, streamed in tiles, and by channel.

@@ -20,7 +20,7 @@ def model_and_optimizer(lr=0.1, dtype=torch.float32):
         torch.nn.Flatten(),
         torch.nn.Linear(8 * 64, 10),
     ).to("cuda", dtype)
-    return model, FusedCZMSGD(model.parameters(), lr=lr, momentum=0.9, backend="triton")
+    return model, FusedCZMSGD(model.parameters(), lr=lr, momentum=0.9, backend="triton", fused=True)
 
 
 def set_grads(model, seed):

@@ -23,6 +23,7 @@ from czm_fused.functional import add_relu_noise
 from czm_fused.groups import ParamGroups
 from czm_fused.models import cifar_resnet
 from czm_fused.ops.backends import BackendReport
+from czm_fused.training import train
 
 conv = CZMConv2d(3, 8, 3, stem=True)
 assert_type(conv.direction, Tensor)
@@ -41,6 +42,9 @@ assert_type(groups.notes, tuple[str, ...])
 
 optimizer = FusedCZMSGD(groups, lr=torch.tensor(0.4), momentum=0.9, zmg=0.85, backend="cpu")
 FusedCZMSGD(module.parameters(), 0.1, 0.9, nesterov=True)
+FusedCZMSGD(module.named_parameters())
+FusedCZMSGD("weights")  # type: ignore[arg-type]
+FusedCZMSGD(module.parameters(), backend="gpu")  # type: ignore[arg-type]
 torch.optim.lr_scheduler.StepLR(optimizer, 30)
 any_optimizer: torch.optim.Optimizer = optimizer
 
@@ -59,3 +63,4 @@ with watch(network, optimizer, images, log=lambda numbers, step: print(step, len
 
 assert_type(czm_fused.__version__, str)
 assert_type(czm_fused.backends(), BackendReport)
+assert_type(train.__name__, str)

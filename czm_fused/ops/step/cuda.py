@@ -1,5 +1,8 @@
 """The step on CUDA devices: what each block of the kernel in `csrc/cuda` has to do."""
 
+# torch is typed in part.
+# mypy: allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,5 +1,8 @@
 """`czm_fused::step_`: the whole step as one operator, for compiled graphs."""
 
+# torch is typed in part.
+# mypy: allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 import functools

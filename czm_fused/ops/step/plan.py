@@ -6,10 +6,12 @@ import functools
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from czm_fused._internal import sharding
 from czm_fused.ops import backends
@@ -135,7 +137,10 @@ class DevicePlan:
                 return index
             if problem_of_param(param, tensor, self.device, by_address=False) is not None:
                 return index
-            if problem_of_param(grad, tensor, self.device, by_address=False) is not None:
+            planned = tensor
+            if grad.dtype != tensor.dtype and grad.is_floating_point():
+                planned = replace(tensor, dtype=grad.dtype)
+            if problem_of_param(grad, planned, self.device, by_address=False) is not None:
                 return index
             if any(
                 problem_of_state(
@@ -207,6 +212,9 @@ class StepPlan:
         for number, (param, grad, flags, (index, _)) in enumerate(
             zip(params, our_grads, all_flags, groups, strict=True)
         ):
+            if is_lazy(param):
+                tensors.append(None)
+                continue
             tensor = StepTensor.of(ours[number], flags, index)
             if grad is not None:
                 step_state.prepare(number, param, flags, state[param])
@@ -215,7 +223,7 @@ class StepPlan:
                 tensors.append(None)
                 continue
             tensors.append(tensor)
-        for (device, its_backend), numbers in split(ours, tensors, backend).items():
+        for (device, its_backend), numbers in split(ours, our_grads, tensors, backend).items():
             if its_backend == "reference" != backend:
                 _warn_fallback()
             plan = DevicePlan(
@@ -311,22 +319,33 @@ def select(numbers: Sequence[int], items: list[Any]) -> list[Any]:
 
 
 def split(
-    params: Sequence[Tensor], tensors: Sequence[StepTensor | None], backend: str
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[StepTensor | None],
+    backend: str,
 ) -> dict[tuple[torch.device, str], list[int]]:
     """Return which parameters a device steps at once, and by which backend.
 
-    The backend is the one asked for, but `auto` leaves layouts that no kernel supports, and
-    parameters with a negative bit, to the reference.
+    The backend is the one asked for, but `auto` leaves layouts that no kernel supports, parameters
+    with a negative bit, and gradients of another dtype than their parameters to the reference.
     """
     chosen = os.environ.get(backends.ENVIRONMENT_VARIABLE, "auto") if backend == "auto" else backend
     numbers: dict[tuple[torch.device, str], list[int]] = {}
-    for number, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
+    for number, (param, grad, tensor) in enumerate(zip(params, grads, tensors, strict=True)):
         its_backend = backend
         if tensor is not None:
             supported = has_supported_strides(tensor.shape, tensor.strides, tensor.flags)
-            if not (supported and is_readable(param)):
+            has_its_dtype = grad is None or grad.dtype == param.dtype
+            if not (supported and has_its_dtype and is_readable(param)):
                 if chosen == "auto":
                     its_backend = "reference"
+                elif chosen != "reference" and not has_its_dtype:
+                    assert grad is not None
+                    raise RuntimeError(
+                        f"the gradient of parameter {number} is {grad.dtype}, but the parameter "
+                        f"{param.dtype}, which backend={backend!r} does not step; convert the "
+                        "gradient, or use backend='auto'"
+                    )
                 elif chosen != "reference" and supported:
                     raise ValueError(
                         f"parameter {number} has a negative bit, which backend={backend!r} does "
@@ -339,6 +358,7 @@ def split(
 @functools.cache
 def _warn_fallback() -> None:
     _log.warning(
-        "Non-dense parameters (for example slices of a larger tensor) fall back to "
-        "backend='reference'; call .contiguous() on them."
+        "Non-dense parameters (for example slices of a larger tensor), and gradients of another "
+        "dtype than their parameters, fall back to backend='reference'; call .contiguous() on the "
+        "first, and convert the second."
     )

@@ -4,6 +4,9 @@ Written from the paper (Ruff, Beck, Bach, arXiv 1911.13173), not from the kernel
 are formed, stepped and multiplied again, where the kernels never form `V`.
 """
 
+# torch is typed in part.
+# mypy: no-warn-return-any
+
 from __future__ import annotations
 
 import math
@@ -132,8 +135,9 @@ def step_(
 
     if _nonzero(luma):
         norms = _per_filter(filter_norms(direction), direction)
-        # The gradient of (‖V‖ - 1)²; a filter of norm zero has none.
-        anchor = torch.where(norms > 0, 2 * (norms - 1) / norms, 0.0) * direction
+        # The gradient of (‖V‖ - 1)²; a filter of norm zero, or of none that can be had, has none.
+        has_anchor = (norms > 0) & norms.isfinite()
+        anchor = torch.where(has_anchor, 2 * (norms - 1) / norms, 0.0) * direction
         direction_grad = direction_grad + luma * anchor
     if _nonzero(zmg) and param.dim() > 2:
         direction_grad = subtract_spatial_mean(direction_grad, zmg)

@@ -1,11 +1,17 @@
 """The state of a parameter: which parts of the method act on it, and what they keep."""
 
+# torch is typed in part.
+# mypy: no-warn-return-any
+
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from czm_fused._internal import sharding
 from czm_fused.ops.step.descriptors import scalar
@@ -21,6 +27,15 @@ from czm_fused.ops.step.spec import (
 )
 from czm_fused.ops.step.tensors import has_memory, is_readable, matching_strides
 
+# Of an embedding; kernels of one dimension are shorter, most often.
+_LEAST_WIDTH = 16
+_OPTION_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("exp_scale", (bool, int), "True or False"),
+    ("master_weights", (bool, int), "True or False"),
+    ("capturable", (bool, int), "True or False"),
+    ("min_filter_dim", (int,), "a number of dimensions"),
+    ("max_filter_dim", (int, type(None)), "a number of dimensions or None"),
+)
 _FILTERS_ONLY = StepFlag.ZERO_MEAN | StepFlag.ANCHOR
 
 
@@ -36,9 +51,13 @@ def is_on(value: Any) -> bool:
 
 def flags_of(param: Tensor, group: dict[str, Any]) -> StepFlag:
     """Return the parts of the method that act on a parameter of `group`."""
+    flags = StepFlag(0)
+    if is_lazy(param):
+        return flags
     most = group["max_filter_dim"]
     is_filter = param.dim() >= group["min_filter_dim"] and (most is None or param.dim() <= most)
-    flags = StepFlag(0)
+    if group["min_filter_dim"] > 2:
+        is_filter = is_filter and not is_no_filter(param.shape)
     for hyperparameter in HYPERPARAMETERS:
         flag = hyperparameter.flag
         if flag is not None and is_on(group[hyperparameter.name]):
@@ -54,6 +73,16 @@ def flags_of(param: Tensor, group: dict[str, Any]) -> StepFlag:
     return flags
 
 
+def is_no_filter(shape: Sequence[int]) -> bool:
+    """Return True for three or more dimensions that tell that a tensor is no convolution's weight.
+
+    Embeddings of positions and class tokens are (1, positions, width), and no kernel with a filter
+    alone is as long as a width; scales of channels are (channels, 1, 1).
+    """
+    is_embedding = len(shape) == 3 and shape[0] == 1 and shape[2] >= _LEAST_WIDTH
+    return is_embedding or math.prod(shape[1:]) == 1
+
+
 def check_hyperparameters(group: dict[str, Any]) -> None:
     """Check that every hyperparameter of `group` is in its range.
 
@@ -67,6 +96,9 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
             continue
         if not hyperparameter.is_valid(scalar(name, value, device=None)):  # type: ignore[arg-type]
             raise ValueError(f"{name} must be {hyperparameter.range}, but was {value}")
+    for name, kinds, what in _OPTION_TYPES:
+        if name in group and not isinstance(group[name], kinds):
+            raise ValueError(f"{name} must be {what}, but was {group[name]!r}")
     if group["nesterov"] and not (is_on(group["momentum"]) and group["dampening"] == 0):
         raise ValueError(
             "nesterov needs momentum > 0 and dampening = 0, but momentum was "
@@ -84,6 +116,7 @@ def prepare(number: int, param: Tensor, flags: StepFlag, state: dict[str, Any]) 
     """
     sharding.check_not_flattened(number, param)
     sharding.check_placements(number, param, bool(flags & FILTER_FLAGS))
+    check_is_real(number, param, flags)
     ours = sharding.local(param)
     if not has_memory(ours):
         raise ValueError(
@@ -91,6 +124,24 @@ def prepare(number: int, param: Tensor, flags: StepFlag, state: dict[str, Any]) 
             f"{ours.untyped_storage().nbytes()} bytes; restore it before the step"
         )
     init_state(state, param, flags)
+
+
+def check_is_real(number: int, param: Tensor, flags: StepFlag) -> None:
+    """Check that parameter `number` is real if it has filters.
+
+    Raises:
+        TypeError: it is complex.
+    """
+    if param.is_complex() and flags & FILTER_FLAGS:
+        raise TypeError(
+            f"parameter {number} is {param.dtype}, but filters must be real; set exp_scale=False, "
+            "zmg=0 and luma=0 in its group"
+        )
+    if param.is_conj():
+        raise TypeError(
+            f"parameter {number} has a conjugate bit, which no step follows; set it to "
+            "param.resolve_conj()"
+        )
 
 
 def init_state(state: dict[str, Any], param: Tensor, flags: StepFlag) -> None:
@@ -159,7 +210,7 @@ def fit_state(spec: State, value: Any, param: Tensor) -> Tensor:
     if (
         value.dtype == dtype
         and value.device == param.device
-        and is_readable(ours)
+        and is_readable(value)
         and matching_strides(ours.shape, ours.stride(), like.stride())
     ):
         return value

@@ -9,7 +9,8 @@ the sums that CZMG removes come from another read of the tile, with one channel 
 padding, `TILE` channels are exactly `taps` tiles of weights, and the cache has them at hand.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: disable-error-code="import-untyped"
 
 from __future__ import annotations
 
@@ -116,23 +117,29 @@ def _filter_rule(
     hyper, weight_weight, grad_weight, taps, exp_scaled, g, g_momentum, REAL: tl.constexpr
 ):
     """From <W, W> and <dW, W> to the rule of this filter, its new g, and the momentum of g."""
+    LARGEST: tl.constexpr = 1.7976931348623157e308 if REAL == tl.float64 else 3.4028234663852886e38
+    SMALLEST_NORMAL: tl.constexpr = (
+        2.2250738585072014e-308 if REAL == tl.float64 else 1.1754943508222875e-38
+    )
     scale = tl.exp(g)
-    # 0 where exp(g) is: the direction is lost, as csrc/update_rule.h says.
-    inverse_scale = tl.where(scale > 0, 1.0 / tl.where(scale > 0, scale, 1.0), 0.0)
+    # 0 where exp(g) is subnormal: the direction is lost, as csrc/update_rule.h says.
+    is_normal = scale >= SMALLEST_NORMAL
+    inverse_scale = tl.where(is_normal, 1.0 / tl.where(is_normal, scale, 1.0), 0.0)
     norm = tl.sqrt(weight_weight) * inverse_scale
-    anchor = 2 * hyper.luma * ((norm - 1) / tl.where(norm > 0, norm, 1.0)) * inverse_scale
+    # <W, W> underflows or overflows long before W does, and then the norm is not known.
+    has_anchor = (norm > 0) & (norm <= LARGEST)
+    anchor = 2 * hyper.luma * ((norm - 1) / tl.where(has_anchor, norm, 1.0)) * inverse_scale
     dg = hyper.grad_factor * grad_weight
     new_g_momentum = tl.fma(hyper.one_minus_dampening, dg, hyper.momentum * g_momentum)
     nesterov_direction = tl.fma(hyper.momentum, new_g_momentum, dg)
     new_g = tl.fma(-hyper.lr, tl.where(hyper.nesterov, nesterov_direction, new_g_momentum), g)
-    # Bounded, so that a weight of 0 stays 0.
-    LARGEST: tl.constexpr = 1.7976931348623157e308 if REAL == tl.float64 else 3.4028234663852886e38
+    # Bounded, so that a weight of 0 stays 0, also where both g are -inf.
     keep = tl.exp(new_g - g)
-    keep = tl.where(keep > LARGEST, LARGEST, keep)
+    keep = tl.where(keep <= LARGEST, keep, LARGEST)
     keep = tl.where(exp_scaled, keep, 1.0)
     rule = _FilterRule(
         grad=hyper.grad_factor * scale,
-        weight=tl.where(norm > 0, anchor, 0.0),
+        weight=tl.where(has_anchor, anchor, 0.0),
         mean=tl.where(taps > 1, hyper.zmg / taps.to(REAL), 0.0),
         decay=hyper.weight_decay * inverse_scale,
         momentum=hyper.momentum,
