@@ -24,10 +24,10 @@ lint: $(VENV)/train,dev.stamp
 docs: $(VENV)/train,dev.stamp
 	$(VENV)/bin/mkdocs build --strict
 
-# The GPU kernels through their PTX, on the CPU: everything that `make test` leaves out. Needs nvcc or
-# Triton, in the Python that has torch, and takes a quarter of an hour.
+# Everything about GPU kernels that a CPU can show, also what `make test` leaves out. Needs torch, and
+# nvcc or Triton, in its own Python, and takes twenty minutes.
 ptx-check:
-	$(PYTHON) -m pytest -m exhaustive tests/ops tests/ptx
+	$(PYTHON) -m pytest -m 'simulated or exhaustive' tests/ops tests/ptx tests/cuda_on_host
 
 # On a machine with a GPU and with torch, in its own Python: nothing is fetched. PART=first runs one
 # part, which ends within nine minutes.
