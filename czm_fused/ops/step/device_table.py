@@ -87,7 +87,7 @@ class DeviceTable:
             tensor = torch.as_tensor(memory, device=self._device)
             self._kept = _Sent(words, data, tensor)
             return tensor
-        # The copy is part of the graph: it runs with each replay, so no other step may use its table.
+        # The copy is part of the graph and runs with each replay: no other step may use its table.
         if self._captured is None or self._captured[0] != data:
             host = self._pinned() if self._reserved is None else self._reserved
             self._reserved = None
