@@ -36,19 +36,16 @@ WORK_ITEM = np.dtype(
 
 
 class _Size(NamedTuple):
-    """What a thread and a warp hold of tensors of one dtype; see csrc/cuda/step_kernel.cuh."""
-
     itemsize: int
     compute_itemsize: int
-    small: int  # weights in a thread of a small block
-    large: int  # and of a large one
+    weights: int  # in the registers of a thread; see csrc/cuda/step_kernel.cuh
 
 
 _SIZES = {
-    DTYPES[torch.float32]: _Size(4, 4, 20, 40),
-    DTYPES[torch.float64]: _Size(8, 8, 8, 16),
-    DTYPES[torch.bfloat16]: _Size(2, 4, 24, 40),
-    DTYPES[torch.float16]: _Size(2, 4, 24, 40),
+    DTYPES[torch.float32]: _Size(4, 4, 20),
+    DTYPES[torch.float64]: _Size(8, 8, 8),
+    DTYPES[torch.bfloat16]: _Size(2, 4, 24),
+    DTYPES[torch.float16]: _Size(2, 4, 24),
 }
 
 
@@ -252,7 +249,7 @@ def _kinds(rows: np.ndarray, block_threads: int) -> dict[tuple[int, bool], np.nd
     """Return the tensors of each dtype, those of large filters apart from the others."""
     held = np.zeros(len(_SIZES), dtype=np.int64)
     for dtype, size in _SIZES.items():
-        held[dtype] = block_threads * size.small
+        held[dtype] = block_threads * size.weights
     dtypes = rows[:, FIELD["dtype"]]
     has_large_blocks = ~_is_plain(rows) & (rows[:, FIELD["filter_numel"]] > held[dtypes])
     has_weights = rows[:, FIELD["numel"]] > 0
@@ -314,13 +311,12 @@ def _deal(
     row: np.ndarray, number: int, group: int, block_threads: int, has_large_blocks: bool
 ) -> np.ndarray:
     size = _SIZES[int(row[FIELD["dtype"]])]
-    weights = size.large if has_large_blocks else size.small
     numel, filter_numel = int(row[FIELD["numel"]]), int(row[FIELD["filter_numel"]])
     # Large blocks have no thread group of fewer threads than a small block.
     log_threads = (block_threads // 2).bit_length() - 1 if has_large_blocks else 0
     if _is_plain(row[np.newaxis])[0]:
-        filter_numel, log_threads = weights * _WARP, _WARP.bit_length() - 1
-    while (1 << log_threads) < block_threads and filter_numel > weights << log_threads:
+        filter_numel, log_threads = size.weights * _WARP, _WARP.bit_length() - 1
+    while (1 << log_threads) < block_threads and filter_numel > size.weights << log_threads:
         log_threads += 1
     threads = 1 << log_threads
     numel_a_warp = filter_numel * max(_WARP // threads, 1)
