@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/pip --disable-pip-version-check
 BUILD_INPUTS = setup.py pyproject.toml $(CONSTRAINTS) \
 	$(wildcard build_backend/*.py csrc/*.h csrc/*/*)
 
-.PHONY: train test lint docs gpu-check clean
+.PHONY: train test lint docs ptx-check gpu-check clean
 
 # Where the development environment stands, it serves.
 train: $(firstword $(wildcard $(VENV)/train,dev.stamp) $(VENV)/train.stamp)
@@ -23,6 +23,11 @@ lint: $(VENV)/train,dev.stamp
 
 docs: $(VENV)/train,dev.stamp
 	$(VENV)/bin/mkdocs build --strict
+
+# The GPU kernels through their PTX, on the CPU: everything that `make test` leaves out. Needs nvcc or
+# Triton, in the Python that has torch, and takes a quarter of an hour.
+ptx-check:
+	$(PYTHON) -m pytest -m exhaustive tests/ops tests/ptx
 
 # On a machine with a GPU and with torch, in its own Python: nothing is fetched. PART=first runs one
 # part, which ends within nine minutes.

@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PART_SECONDS = 540
 MODELS = ("resnet110", "resnet50", "vgg16", "vgg16_features")
 DTYPES = ("float32", "bfloat16")
-TESTS = ("tests/gpu", "tests/ops")
+# What runs a GPU's kernels on the CPU is for machines without one.
+TESTS = ("tests/gpu", "tests/ops", "-m", "not simulated and not exhaustive")
 # Small cases in which every layout and dtype runs, and every way to share a filter among threads.
 SANITIZED = ("tests/gpu/test_step_cuda.py", "-k", "every_kind_of_filter")
 # Compilation of one network takes as long as all measurements of those that need none.

@@ -61,12 +61,4 @@ inline Tensor to_layout_of(const Tensor& t, const Tensor& like) {
   return copy;
 }
 
-inline bool same_sizes(const Tensor& a, const Tensor& b) {
-  bool same = a.dim() == b.dim();
-  for (int64_t d = 0; same && d < a.dim(); ++d) {
-    same = a.size(d) == b.size(d);
-  }
-  return same;
-}
-
 }  // namespace czm

@@ -160,10 +160,10 @@ bool read_param(const Reader& reader, const int64_t* layouts, PyObject* param, P
 }  // namespace
 
 const char kReadTensorsDoc[] =
-    "read_tensors(torch, descriptors, layouts, names, params, grads, states, before) -> bytes | int\n\n"
+    "read_tensors(torch, descriptors, layouts, names, params, grads, states, before)\n\n"
     "Return the descriptors with the addresses of these tensors, followed by the addresses of the\n"
-    "gradients; or the index of the first parameter that is not as `layouts` says. `before` is what an\n"
-    "earlier call has returned, or None.";
+    "gradients, and True if none of these is 0; or the index of the first parameter that is not as\n"
+    "`layouts` says. `before` are the addresses of an earlier call, or None.";
 
 PyObject* read_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 8) {
@@ -196,6 +196,7 @@ PyObject* read_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   const Reader reader(torch, words);
   words += 2;
   const States states(arguments[6], arguments[3]);
+  bool is_complete = true;
   for (Py_ssize_t i = 0; i < params_count; ++i) {
     if (!read_param(reader, words + 1, PyList_GetItem(params, i), PyList_GetItem(grads, i), states, i,
                     before ? before + i : nullptr, rows[i], grad_addresses + i)) {
@@ -203,9 +204,10 @@ PyObject* read_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
       PyErr_Clear();
       return PyLong_FromSsize_t(i);
     }
+    is_complete &= grad_addresses[i] != 0;
     words += *words;
   }
-  return result.release();
+  return PyTuple_Pack(2, result.get(), is_complete ? Py_True : Py_False);
 }
 
 }  // namespace czm

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from czm_fused._internal import sharding
 from czm_fused.ops import backends
 from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor, scalar
-from czm_fused.ops.step.operator import state_lists
-from czm_fused.ops.step.plan import StepPlan, split
+from czm_fused.ops.step.operator import state_lists, states_of
+from czm_fused.ops.step.plan import StepPlan, select, split
 from czm_fused.ops.step.spec import (
     DTYPES,
     FILTER_FLAGS,
@@ -28,7 +28,7 @@ from czm_fused.ops.step.spec import (
     Shape,
     StepFlag,
 )
-from czm_fused.ops.step.state import check_hyperparameters, fit_state, flags_of, init_state
+from czm_fused.ops.step.state import check_hyperparameters, fit_state, flags_of, prepare
 from czm_fused.ops.step.tensors import ParamState, StepInputs
 
 _params_of = operator.itemgetter("params")
@@ -290,7 +290,7 @@ class FusedCZMSGD(Optimizer):
             converted = self._converted = _Converted(self.param_groups, values, converted)
         plan, all_inputs = self._plan(params, grads, converted.switches)
         plan.run(all_inputs, converted.hyperparameters, grad_scale, found_inf)
-        if type(None) in set(map(type, grads)):
+        if not all([inputs.is_complete for inputs in all_inputs]):
             params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
         torch.autograd.graph.increment_version(params)
         return loss
@@ -333,53 +333,81 @@ class FusedCZMSGD(Optimizer):
 
     def _traced_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Make the step as the operator `czm_fused::step_`, which graphs can hold."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        grads = [param.grad for param in params]
-        rows = [[group[name] for name in HYPERPARAMETER_NAMES] for group in self.param_groups]
-        devices = [x.device for row in rows for x in row if isinstance(x, Tensor)]
-        # Numbers join the tensors that the host must not wait for.
-        device = next((device for device in devices if device.type != "cpu"), None)
-        hyperparameters = torch.stack(
-            [
-                torch.stack(
-                    [
-                        torch.as_tensor(x, dtype=torch.float64, device=device or "cpu").squeeze()
-                        for x in row
-                    ]
-                )
-                for row in rows
-            ]
-        )
-        numbers = [number for number, grad in enumerate(grads) if grad is not None]
-        groups = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
-        flags = [StepFlag(0)] * len(params)
-        tensors: list[StepTensor | None] = [None] * len(params)
-        for number in numbers:
-            param = params[number]
-            flags[number] = flags_of(param, self.param_groups[groups[number]])
-            sharding.check_placements(number, param, bool(flags[number] & FILTER_FLAGS))
-            init_state(self.state[param], param, flags[number])
-            tensors[number] = StepTensor.of(sharding.local(param), flags[number], groups[number])
+        params: list[Tensor] = []
+        grads: list[Tensor | None] = []
+        flags: list[int] = []
+        indices: list[int] = []
+        first = 0
+        lists: tuple[list[Tensor], ...] = tuple([] for _ in STATES)
+        for index, group in enumerate(self.param_groups):
+            # Dynamo runs _init_group instead of tracing it, and takes lists that are empty.
+            its_params: list[Tensor] = []
+            its_grads: list[Tensor | None] = []
+            its_flags: list[int] = []
+            its_lists: tuple[list[Tensor], ...] = tuple([] for _ in STATES)
+            self._init_group(group, first, its_params, its_grads, its_flags, *its_lists)
+            first += len(group["params"])
+            indices += [index] * len(its_params)
+            params, grads, flags = params + its_params, grads + its_grads, flags + its_flags
+            lists = tuple(a + b for a, b in zip(lists, its_lists, strict=True))
         ours = list(map(sharding.local, params))
         local_grads = sharding.local_grads(params, grads)
-        for (_, backend), members in split(ours, tensors, self.backend).items():
-            members = [number for number in members if grads[number] is not None]
-            its_flags = [int(flags[number]) for number in members]
-            states = [
-                {name: sharding.local(value) for name, value in self.state[params[number]].items()}
-                for number in members
-            ]
+        states = states_of([list(map(sharding.local, tensors)) for tensors in lists], flags)
+        hyperparameters = self._traced_hyperparameters()
+        tensors = list(map(StepTensor.of, ours, map(StepFlag, flags), indices))
+        for (_, backend), numbers in split(ours, tensors, self.backend).items():
             torch.ops.czm_fused.step_(
-                [ours[number] for number in members],
-                [local_grads[number] for number in members],
-                *state_lists(states, its_flags),
-                its_flags,
-                [groups[number] for number in members],
+                select(numbers, ours),
+                select(numbers, local_grads),
+                *state_lists(select(numbers, states), select(numbers, flags)),
+                select(numbers, flags),
+                select(numbers, indices),
                 hyperparameters,
                 backend,
                 grad_scale,
                 found_inf,
             )
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        first: int,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        flags: list[int],
+        *lists: list[Tensor],
+    ) -> None:
+        """Append the tensors and flags of a step of `group`, creating the state that is missing.
+
+        The name is that of torch's optimizers, which Dynamo knows: it guards such state by its
+        identity, where it guards the layout of each tensor else.
+        """
+        for number, param in enumerate(group["params"], start=first):
+            if param.grad is None:
+                continue
+            its_flags = flags_of(param, group)
+            state = self.state[param]
+            prepare(number, param, its_flags, state)
+            params.append(param)
+            grads.append(param.grad)
+            flags.append(int(its_flags))
+            for spec, tensors in zip(STATES, lists, strict=True):
+                if its_flags & spec.flags == spec.flags:
+                    tensors.append(state[spec.name])
+
+    def _traced_hyperparameters(self) -> Tensor:
+        rows = [[group[name] for name in HYPERPARAMETER_NAMES] for group in self.param_groups]
+        devices = [x.device for row in rows for x in row if isinstance(x, Tensor)]
+        # Numbers join the tensors that the host must not wait for.
+        device = next((device for device in devices if device.type != "cpu"), "cpu")
+        return torch.stack(
+            [
+                torch.stack(
+                    [torch.as_tensor(x, dtype=torch.float64, device=device).squeeze() for x in row]
+                )
+                for row in rows
+            ]
+        )
 
 
 class _Converted:

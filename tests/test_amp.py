@@ -4,6 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from czm_fused import FusedCZMSGD
+from czm_fused.ops.step import reference
 from small_training import (
     CZM,
     assert_equal,
@@ -14,11 +19,6 @@ from small_training import (
     state_of,
     train,
 )
-from torch import nn
-from torch.nn.utils import clip_grad_norm_
-
-from czm_fused import FusedCZMSGD
-from czm_fused.ops.step import reference
 
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
-from small_training import assert_equal, backward, network, state_of, train, weights
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import lr_scheduler
 
 from czm_fused import CZMConv2d, FusedCZMSGD, exp_scale
 from czm_fused.nn import CZMBasicBlock
+from small_training import assert_equal, backward, network, state_of, train, weights
 
 needs_a_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="Inductor finds no C++ compiler"

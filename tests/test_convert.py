@@ -6,6 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from conversion import (
     IMAGE,
     Function,
@@ -17,10 +21,6 @@ from conversion import (
     relative_difference,
     remarks,
 )
-from torch import nn
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-
 from czm_fused import FusedCZMSGD, convert, czm_param_groups, plan_conversion
 from czm_fused.nn import ChannelAffine, CZMConv2d, exp_scale
 

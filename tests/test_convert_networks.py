@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conversion import actions, converted, evaluated, randomised, relative_difference
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from conversion import actions, converted, evaluated, randomised, relative_difference
 from czm_fused import FusedCZMSGD, convert, czm_param_groups
 
 

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+
 from conversion import (
     IMAGE,
     Function,
@@ -20,10 +24,6 @@ from conversion import (
     relative_difference,
     remarks,
 )
-from torch import nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrizations, prune
-
 from czm_fused import FusedCZMSGD, convert, czm_param_groups, plan_conversion
 from czm_fused.nn import ChannelNoise
 

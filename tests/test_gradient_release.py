@@ -4,6 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from czm_fused import FusedCZMSGD
+from czm_fused.gradient_release import GradientRelease
 from small_training import (
     BACKENDS,
     CZM,
@@ -16,11 +21,6 @@ from small_training import (
     train,
     weights,
 )
-from torch import nn
-from torch.optim import lr_scheduler
-
-from czm_fused import FusedCZMSGD
-from czm_fused.gradient_release import GradientRelease
 
 
 def released(model, optimizer, steps, begin=0):

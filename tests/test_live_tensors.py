@@ -7,10 +7,10 @@ import weakref
 
 import pytest
 import torch
-from small_training import on_every_backend
 from torch import nn
 
 from czm_fused import FusedCZMSGD
+from small_training import on_every_backend
 
 PLAIN = {"zmg": 0.0, "luma": 0.0, "exp_scale": False}
 

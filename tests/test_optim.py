@@ -5,6 +5,11 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from czm_fused import FusedCZMSGD
+from czm_fused.ops.step import reference
 from small_training import (
     CZM,
     PLAIN,
@@ -16,11 +21,6 @@ from small_training import (
     train,
     weights,
 )
-from torch import nn
-from torch.optim import lr_scheduler
-
-from czm_fused import FusedCZMSGD
-from czm_fused.ops.step import reference
 
 # --- torch.optim.SGD ------------------------------------------------------------------------------
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small_training import assert_equal
 from torch import nn
 
 from czm_fused import FusedCZMSGD, czm_param_groups
+from small_training import assert_equal
 
 
 def stepped(*shapes, **options):

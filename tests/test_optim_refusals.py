@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
+from czm_fused import FusedCZMSGD
 from small_training import (
     CZM,
     assert_equal,
@@ -12,9 +15,6 @@ from small_training import (
     on_every_backend,
     weights,
 )
-from torch import nn
-
-from czm_fused import FusedCZMSGD
 
 NAN, INF = math.nan, math.inf
 

@@ -6,6 +6,11 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from czm_fused import FusedCZMSGD
+from czm_fused.ops.step import reference
 from small_training import (
     CZM,
     PLAIN,
@@ -18,11 +23,6 @@ from small_training import (
     train,
     weights,
 )
-from torch import nn
-from torch.nn.utils import clip_grad_norm_
-
-from czm_fused import FusedCZMSGD
-from czm_fused.ops.step import reference
 
 
 def by_state_dict(optimizer, model):

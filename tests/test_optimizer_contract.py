@@ -12,7 +12,6 @@ import warnings
 
 import pytest
 import torch
-from small_training import BACKENDS, PLAIN
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import (
@@ -34,6 +33,7 @@ from torch.testing._internal.common_optimizers import (
 from torch.testing._internal.common_utils import TestCase
 
 from czm_fused import FusedCZMSGD
+from small_training import BACKENDS, PLAIN
 
 SGD_INFO = next(info for info in optim_db if info.optim_cls is torch.optim.SGD)
 

@@ -13,12 +13,11 @@
 #include <algorithm>
 #include <optional>
 
+#include "../checks.h"
 #include "../layout.h"
 
 namespace czm {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 // The noise of shape (samples, channels), as seen from the elements of a dense activation.
 template <typename A>
@@ -90,27 +89,6 @@ CZM_VECTORISED void backward_range(
       result[j] = static_cast<T>(static_cast<A>(out[j]) <= A(0) ? A(0) : value);
     }
   });
-}
-
-void check_activation(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() >= 2, name, " must have the dimensions (samples, channels, ...)");
-}
-
-void check_alike(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
-  STD_TORCH_CHECK(
-      same_sizes(a, b) && a.scalar_type() == b.scalar_type() && b.is_cpu(), a_name, " and ",
-      b_name, " must have the same shape, dtype and device");
-}
-
-std::optional<Tensor> checked_noise(const std::optional<Tensor>& noise, const Tensor& activation) {
-  if (!noise) {
-    return std::nullopt;
-  }
-  STD_TORCH_CHECK(
-      noise->dim() == 2 && noise->size(0) == activation.size(0) &&
-          noise->size(1) == activation.size(1) && noise->is_cpu(),
-      "noise must have the shape (samples, channels) and the device of the activation");
-  return torch::stable::contiguous(*noise);
 }
 
 // `activation` is dense, `noise` contiguous.

@@ -10,12 +10,11 @@
 #include <cmath>
 #include <tuple>
 
+#include "../checks.h"
 #include "../layout.h"
 
 namespace czm {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 // A sum of products in a fixed order: lanes within a block, so that it vectorises, and blocks in
 // double precision, so that the error does not grow with the length of the filter.
@@ -65,25 +64,9 @@ void for_each_filter(const Tensor& direction, const Body& body) {
   });
 }
 
-void check(const Tensor& direction, const Tensor& log_scale) {
-  STD_TORCH_CHECK(direction.dim() >= 1, "direction must have the dimensions (filters, ...)");
-  STD_TORCH_CHECK(
-      log_scale.dim() == 1 && log_scale.size(0) == direction.size(0) && log_scale.is_cpu(),
-      "log_scale must hold one number for each filter of direction, on its device");
-}
-
-ScalarType arithmetic_type(const Tensor& direction) {
-  return direction.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor as_type(const Tensor& t, ScalarType type) {
-  return t.scalar_type() == type ? t : torch::stable::to(t, type);
-}
-
 Tensor exp_scale(const Tensor& direction, const Tensor& log_scale) {
-  check(direction, log_scale);
   const Tensor v = contiguous_or_channels_last(direction);
-  const Tensor g = torch::stable::contiguous(as_type(log_scale, arithmetic_type(direction)));
+  const Tensor g = checked_log_scale(log_scale, direction);
   Tensor weight = torch::stable::empty_like(v);
   THO_DISPATCH_V2(
       direction.scalar_type(), "exp_scale", AT_WRAP([&] {
@@ -101,14 +84,10 @@ Tensor exp_scale(const Tensor& direction, const Tensor& log_scale) {
 
 std::tuple<Tensor, Tensor> exp_scale_backward(
     const Tensor& grad, const Tensor& direction, const Tensor& log_scale) {
-  check(direction, log_scale);
-  STD_TORCH_CHECK(
-      same_sizes(grad, direction) && grad.scalar_type() == direction.scalar_type() &&
-          grad.is_cpu(),
-      "grad must have the shape, dtype and device of direction");
+  check_alike(direction, "direction", grad, "grad");
   const Tensor v = contiguous_or_channels_last(direction);
   const Tensor dw = to_layout_of(grad, v);
-  const Tensor g = torch::stable::contiguous(as_type(log_scale, arithmetic_type(direction)));
+  const Tensor g = checked_log_scale(log_scale, direction);
   Tensor grad_direction = torch::stable::empty_like(v);
   Tensor grad_log_scale = torch::stable::empty_like(g);
   THO_DISPATCH_V2(

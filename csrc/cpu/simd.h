@@ -197,12 +197,17 @@ inline void store_first(Stored* p, Vector<opmath_type<Stored>> v, int64_t count)
   for (int64_t i = 0; i < count; ++i) from_opmath(v[i], p[i]);
 }
 
-template <class opmath_t> inline opmath_t sum_lanes(Vector<opmath_t> v) {
-  opmath_t lanes[kLanes<opmath_t>];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes<opmath_t> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+// Halves are added until one lane is left: the same order of additions for every instruction set.
+template <class opmath_t, int lanes = kLanes<opmath_t>, class V> inline opmath_t sum_lanes(V v) {
+  if constexpr (lanes == 2) {
+    return v[0] + v[1];
+  } else {
+    typedef opmath_t Half __attribute__((vector_size(sizeof(opmath_t) * lanes / 2)));
+    Half low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return sum_lanes<opmath_t, lanes / 2>(Half(low + high));
+  }
 }
 
 // Lane i of the result is lane Index::at(i) of a followed by b.

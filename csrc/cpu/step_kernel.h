@@ -25,6 +25,16 @@ struct Broadcast {
   template <class opmath_t> Vector<opmath_t> operator()(opmath_t x) const { return broadcast(x); }
 };
 
+// AMD's prefetchers follow three streams alone, and hints only slow them; what a large filter's two
+// passes do to memory is no stream.
+inline bool prefetches_streams() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 template <class opmath_t> inline FilterRule<Vector<opmath_t>> broadcast_rule(const FilterRule<opmath_t>& rule) {
   return convert_rule<Vector<opmath_t>>(rule, Broadcast());
 }
@@ -36,7 +46,7 @@ template <class Stored> struct Filter {
   Stored* momentum;    // null without momentum
   int16_t* remainder;  // null if `weight` is all there is of the weights
   int64_t numel;
-  int64_t prefetch;  // weights from here to the next thing to fetch
+  int64_t prefetch;  // weights from here to what is fetched ahead; 0 leaves that to the hardware
 
   Filter from(int64_t offset) const {
     return {weight + offset,
@@ -125,6 +135,7 @@ Reductions<opmath_type<Stored>> reduce(const Filter<Stored>& filter) {
 
 template <class Stored>
 inline void prefetch(const Filter<Stored>& filter, int64_t i) {
+  if (!filter.prefetch) return;
   __builtin_prefetch(filter.grad + i + filter.prefetch, 0, 2);
   __builtin_prefetch(filter.weight + i + filter.prefetch, 1, 2);
   if (filter.momentum)
@@ -164,16 +175,25 @@ inline void update_first_of_vector(const Filter<Stored>& filter, int64_t i,
   if (filter.momentum) store_first(filter.momentum + i, momentum, count);
 }
 
-// All weights of `filter`, with the same mean removed from each.
-template <class Stored, class T>
-inline void update_with_mean(const Filter<Stored>& filter, const FilterRule<T>& rule, T removed) {
+template <bool hints, class Stored, class T>
+inline void update_stream(const Filter<Stored>& filter, const FilterRule<T>& rule, T removed) {
   constexpr int lanes = kLanes<opmath_type<Stored>>;
   int64_t i = 0;
   for (; i + lanes <= filter.numel; i += lanes) {
-    prefetch(filter, i);
+    if constexpr (hints) prefetch(filter, i);
     update_vector(filter, i, rule, grad_vector(filter, i, rule), removed);
   }
   if (i < filter.numel) update_first_of_vector(filter, i, rule, removed, filter.numel - i);
+}
+
+// All weights of `filter`, with the same mean removed from each.
+template <class Stored, class T>
+inline void update_with_mean(const Filter<Stored>& filter, const FilterRule<T>& rule, T removed) {
+  if (filter.prefetch) {
+    update_stream<true>(filter, rule, removed);
+  } else {
+    update_stream<false>(filter, rule, removed);
+  }
 }
 
 // One channel after the other, each with its own mean: any number of taps.
@@ -282,13 +302,15 @@ void step_tensor(const TensorDescriptor& row, int64_t grad, const GroupRow& grou
   const auto hyper = hyperparameters_of<opmath_t>(group, row.momentum_buffer != 0, is_first,
                                               opmath_t(inverse_scale));
   const int64_t least_prefetch = kPrefetchBytes / int64_t(sizeof(Stored));
+  const bool is_large = row.filter_numel >= least_prefetch;
+  const bool hints = !prefetches_streams() || (is_large && row.needs_norms);
   const Filter<Stored> tensor{
       reinterpret_cast<Stored*>(row.param),
       reinterpret_cast<const Stored*>(grad),
       reinterpret_cast<Stored*>(row.momentum_buffer),
       reinterpret_cast<int16_t*>(row.param_remainder),
       row.numel,
-      row.filter_numel > least_prefetch ? row.filter_numel : least_prefetch};
+      !hints ? 0 : is_large ? row.filter_numel : least_prefetch};
   for (int64_t number = first_filter; number < last_filter; ++number) {
     Filter<Stored> filter = tensor.from(number * row.filter_numel);
     if (filter.numel > row.filter_numel) filter.numel = row.filter_numel;

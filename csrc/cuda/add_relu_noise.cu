@@ -4,35 +4,13 @@
 
 #include <optional>
 
+#include "../checks.h"
 #include "../layout.h"
 #include "add_relu_noise_kernel.cuh"
 #include "launch_utils.h"
 
 namespace czm {
 namespace {
-
-using torch::headeronly::ScalarType;
-
-void check_activation(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() >= 2, name, " must have the dimensions (samples, channels, ...)");
-}
-
-void check_alike(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
-  STD_TORCH_CHECK(same_sizes(a, b) && a.scalar_type() == b.scalar_type() && on_same_device(a, b),
-                  a_name, " and ", b_name, " must have the same shape, dtype and device");
-}
-
-std::optional<Tensor> checked_noise(const std::optional<Tensor>& noise, const Tensor& activation) {
-  if (!noise) return std::nullopt;
-  const bool is_double = activation.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(noise->dim() == 2 && noise->size(0) == activation.size(0) &&
-                      noise->size(1) == activation.size(1) && on_same_device(*noise, activation),
-                  "noise must have the shape (samples, channels) and the device of the activation");
-  STD_TORCH_CHECK(
-      noise->scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float),
-      "noise must be float32, or float64 for a float64 activation");
-  return torch::stable::contiguous(*noise);
-}
 
 // Calls launch(size, noise) for a dense activation that has elements.
 template <class Stored, class Launch, class... Address>

@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "../checks.h"
 #include "../layout.h"
 #include "exp_scale_kernel.cuh"
 #include "launch_utils.h"
@@ -11,31 +12,10 @@
 namespace czm {
 namespace {
 
-using torch::headeronly::ScalarType;
-
-void check(const Tensor& direction, const Tensor& log_scale) {
-  STD_TORCH_CHECK(direction.dim() >= 1, "direction must have the dimensions (filters, ...)");
-  STD_TORCH_CHECK(log_scale.dim() == 1 && log_scale.size(0) == direction.size(0) &&
-                      on_same_device(log_scale, direction),
-                  "log_scale must hold one number for each filter of direction, on its device");
-}
-
-Tensor as_type(const Tensor& tensor, ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
-}
-
-// The log-scales in the type of the arithmetic.
-Tensor arithmetic_log_scale(const Tensor& log_scale, const Tensor& direction) {
-  const bool is_double = direction.scalar_type() == ScalarType::Double;
-  return torch::stable::contiguous(
-      as_type(log_scale, is_double ? ScalarType::Double : ScalarType::Float));
-}
-
 Tensor exp_scale(const Tensor& direction, const Tensor& log_scale) {
-  check(direction, log_scale);
   const auto guard = on_device_of(direction);
   const Tensor v = contiguous_or_channels_last(direction);
-  const Tensor g = arithmetic_log_scale(log_scale, direction);
+  const Tensor g = checked_log_scale(log_scale, direction);
   Tensor weight = torch::stable::empty_like(v);
   if (v.numel() == 0) return weight;
   const int64_t filters = v.size(0), filter_numel = v.numel() / filters;
@@ -57,14 +37,11 @@ Tensor exp_scale(const Tensor& direction, const Tensor& log_scale) {
 
 std::tuple<Tensor, Tensor> exp_scale_backward(const Tensor& grad, const Tensor& direction,
                                               const Tensor& log_scale) {
-  check(direction, log_scale);
-  STD_TORCH_CHECK(same_sizes(grad, direction) && grad.scalar_type() == direction.scalar_type() &&
-                      on_same_device(grad, direction),
-                  "grad must have the shape, dtype and device of direction");
+  check_alike(direction, "direction", grad, "grad");
   const auto guard = on_device_of(direction);
   const Tensor v = contiguous_or_channels_last(direction);
   const Tensor dw = to_layout_of(grad, v);
-  const Tensor g = arithmetic_log_scale(log_scale, direction);
+  const Tensor g = checked_log_scale(log_scale, direction);
   Tensor grad_direction = torch::stable::empty_like(v);
   Tensor grad_log_scale = torch::stable::empty_like(g);
   const int64_t filters = v.size(0), filter_numel = filters == 0 ? 0 : v.numel() / filters;

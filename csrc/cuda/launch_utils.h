@@ -25,10 +25,6 @@ inline torch::stable::accelerator::DeviceGuard on_device_of(const Tensor& tensor
   return torch::stable::accelerator::DeviceGuard(tensor.get_device_index());
 }
 
-inline bool on_same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index();
-}
-
 // Calls body(zero) with a zero of the device's type for the elements of `tensor`.
 template <class Body> void for_dtype_of(const Tensor& tensor, const char* name, const Body& body) {
   using torch::headeronly::ScalarType;

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from ranks import RANKS, on_both_ranks
-from small_training import assert_equal
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from czm_fused import FusedCZMSGD, czm_param_groups
+from small_training import assert_equal
 
 pytest.importorskip("torch.distributed.tensor", exc_type=ImportError)
 import torch.distributed as dist  # noqa: E402

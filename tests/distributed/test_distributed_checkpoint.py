@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from ranks import on_both_ranks
-from small_training import assert_equal
 from torch import nn
 
 from czm_fused import FusedCZMSGD, czm_param_groups
+from small_training import assert_equal
 
 pytest.importorskip("torch.distributed.tensor", exc_type=ImportError)
 import torch.distributed as dist  # noqa: E402

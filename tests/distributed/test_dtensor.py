@@ -6,10 +6,10 @@ import pickle
 import pytest
 import torch
 from ranks import on_both_ranks
-from small_training import BACKENDS, PLAIN, assert_equal
 from torch import nn
 
 from czm_fused import FusedCZMSGD
+from small_training import BACKENDS, PLAIN, assert_equal
 
 pytest.importorskip("torch.distributed.tensor", exc_type=ImportError)
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402

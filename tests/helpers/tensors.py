@@ -19,6 +19,8 @@ def laid_out(values: Tensor, layout: str, offset: int = 0) -> Tensor:
     shape, step = values.shape, 1
     if layout == "sliced":
         layout, step = "contiguous", 2
+    elif len(shape) < 2:
+        layout = "contiguous"
     its_strides = [step * stride for stride in strides(shape, layout)]
     memory = torch.full((step * values.numel() + 2 * offset + 8,), math.nan, dtype=values.dtype)
     return memory.as_strided(shape, its_strides, offset).copy_(values)

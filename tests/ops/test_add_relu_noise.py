@@ -13,8 +13,14 @@ SHAPES = (
     (3, 5), (2, 3, 7), (2, 3, 5, 7), (2, 16, 5, 5), (3, 8, 16, 16), (1, 3, 40, 20), (0, 3, 2, 2),
     (1, 5, 1, 1),
 )  # fmt: skip
-# Every one is another kernel, for another alignment of its numbers.
+# For Triton's PTX, where every one is another kernel, for another alignment of its numbers.
 FEW_SHAPES = ((2, 3, 5, 7), (2, 16, 5, 5), (0, 3, 2, 2))
+
+
+def shapes_for(backend):
+    if backend is TRITON_PTX_OPERATORS:
+        return FEW_SHAPES
+    return SHAPES if backend.is_simulated else (*SHAPES, (4, 64, 8, 8))
 
 
 def same_bits(actual, expected):
@@ -30,8 +36,7 @@ def same_bits(actual, expected):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_add_relu_noise(dtype, layout, with_noise, backend):
     generator = torch.Generator().manual_seed(0)
-    shapes = FEW_SHAPES if backend is TRITON_PTX_OPERATORS else SHAPES
-    for number, shape in enumerate(shapes):
+    for number, shape in enumerate(shapes_for(backend)):
         # As often aligned as not.
         offset = number % 2
 

@@ -40,7 +40,7 @@ def _tables(problems):
     ]
     descriptors, work = build_descriptors(tensors, BLOCK_NUMEL)
     reader = TensorReader(tensors, descriptors, torch.device("cpu"))
-    words = reader.read(params, grads, operator._states(state, all_flags))
+    words = reader.read(params, grads, operator.states_of(state, all_flags)).addresses
     words = torch.frombuffer(bytearray(words), dtype=torch.int64)
     table = words[: -len(params)].view(len(params), -1)
     return table, words[-len(params) :].clone(), hyperparameters, work, arguments

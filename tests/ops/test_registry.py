@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from czm_fused.ops import add_relu_noise, backends, exp_scale
+from helpers import triton_interpreter
 
 x = torch.ones(2, 3, 4)
 ARGUMENTS = {
@@ -45,6 +46,16 @@ def test_environment_variable_steers_each_operator(name, backend, monkeypatch):
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, backend)
     ran = operators_run(CALLS[name], ARGUMENTS[name])
     assert (f"czm_fused::{name}_native" in ran) == (backend != "reference")
+
+
+@pytest.mark.simulated
+@pytest.mark.skipif(
+    triton_interpreter.obstacle() is not None, reason=str(triton_interpreter.obstacle())
+)
+def test_operators_and_their_gradients_dispatch_to_triton():
+    launches, grad = triton_interpreter.interpreter().call("helpers.triton_dispatch:run_both")
+    assert launches == 4
+    torch.testing.assert_close(grad, torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

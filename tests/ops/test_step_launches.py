@@ -9,11 +9,11 @@ import torch
 
 from czm_fused import FusedCZMSGD
 from czm_fused.ops.step import cuda
-from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters, StepTensor
+from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters
 from czm_fused.ops.step.device_table import DeviceTable
-from czm_fused.ops.step.plan import DevicePlan
 from czm_fused.ops.step.spec import HYPERPARAMETER_NAMES
 from helpers.cases import DTYPES, PLAIN, Case, Options
+from helpers.planned import Planned
 from helpers.problem import Problem, step_arguments
 from helpers.stand_in import standing_in
 from helpers.step_backends import CUDA_PTX, HOST, TRITON_PTX, WHOLE_HOST, on
@@ -67,35 +67,12 @@ def test_step_of_many_tensors_is_split_into_few_launches(tensors, a_group_each, 
         problem.check()
 
 
-class Planned:
-    """A plan that is stepped more than once, and its problems, a group each."""
-
-    def __init__(self, backend, cases):
-        self.problems = [Problem(case) for case in cases]
-        self.rows = [problem.case.options.row() for problem in self.problems]
-        self.grads = [problem["grad"] for problem in self.problems]
-        tensors = [
-            StepTensor.of(problem["param"], problem.case.flags, index)
-            for index, problem in enumerate(self.problems)
-        ]
-        with standing_in(backend.make_step()):
-            self._plan = DevicePlan(tensors, torch.device("cpu"), backend.backend)
-
-    def step(self, grads, hyperparameters):
-        params = [problem["param"] for problem in self.problems]
-        states = [
-            {name: memory.tensor for name, memory in problem.memory.items()}
-            for problem in self.problems
-        ]
-        inputs = self._plan.read(params, grads, states)
-        self._plan.run(inputs, hyperparameters, None, None)
-
-
 @on((HOST, WHOLE_HOST, CUDA_PTX, TRITON_PTX))
 def test_hyperparameters_on_the_device(backend):
     options = Options(nesterov=True, luma=0.1)
     cases = [Case((5, 17, 3, 3), dtype, options=options) for dtype in DTYPES]
-    planned = Planned(backend, [*cases, Case((7,), options=PLAIN)])
+    cases.append(Case((7,), options=PLAIN))
+    planned = Planned(backend.make_step(), backend.backend, cases)
     scalars = [torch.tensor(row, dtype=torch.float32) for row in planned.rows]
     for problem, row in zip(planned.problems, scalars, strict=True):
         # The oracle takes the numbers as float32 has them.
@@ -110,7 +87,8 @@ def test_hyperparameters_on_the_device(backend):
 
 @on((HOST, CUDA_PTX, TRITON_PTX))
 def test_moved_gradients_are_found(backend):
-    planned = Planned(backend, [Case((1, 3, 3, 3)), Case((5,), options=PLAIN)])
+    cases = [Case((1, 3, 3, 3)), Case((5,), options=PLAIN)]
+    planned = Planned(backend.make_step(), backend.backend, cases)
     hyperparameters = Hyperparameters(planned.rows)
     grads = planned.grads
     moved = [grad.clone() for grad in grads]

@@ -112,8 +112,8 @@ class Observer:
     def begin(self, block: Block) -> None:
         """Called before each block."""
 
-    def execute(self, block: Block, instruction: Instruction, mask: np.ndarray) -> None:
-        """Called before each instruction that a lane executes."""
+    def execute(self, instruction: Instruction) -> None:
+        """Called before each instruction, also where its predicate holds for no lane."""
 
     def access(
         self, name: str, is_load: bool, lanes: np.ndarray, addresses: np.ndarray, size: int
@@ -351,11 +351,11 @@ class Block:
         else:
             acts = mask
         base = instruction.base
+        if self.launch.observer is not None:
+            self.launch.observer.execute(instruction)
         try:
             if acts.any():
                 self.launch.reached.add(current)
-                if self.launch.observer is not None:
-                    self.launch.observer.execute(self, instruction, acts)
                 if base in ("bra", "ret", "exit", "bar", "barrier", "shfl", "vote"):
                     self._pc[mask] = current + 1
                     return self._control(instruction, current, acts)

@@ -114,7 +114,7 @@ class StepMemory:
         for param, grad, state in zip(inputs.params, inputs.grads, inputs.states, strict=True):
             if grad is None:
                 continue
-            tensors = {"param": param, "grad": grad, **(state or {})}
+            tensors = {**(state or {}), "param": param, "grad": grad}
             stepped.append(tensors)
             recorder.spans += [span_of(tensor, name) for name, tensor in tensors.items()]
         super().__call__(inputs, hyperparameters, grad_scale, found_inf)  # type: ignore[misc]

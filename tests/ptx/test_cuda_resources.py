@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+from ptx import nvcc
+from ptx.bounds import REGISTERS
+
+pytestmark = pytest.mark.simulated
 
 KERNELS = """
 #include "cuda/add_relu_noise_kernel.cuh"
@@ -59,18 +62,18 @@ def find_disassembler():
 @pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
 def compiled(request, tmp_path_factory):
     """The cubin of every kernel, and the assembler's report."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("there is no nvcc")
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    if nvcc.obstacle() is not None:
+        pytest.skip(nvcc.obstacle())
+    compiler = nvcc.nvcc()
+    known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True).stdout
     if request.param not in known.split():
         pytest.skip(f"this nvcc does not know {request.param}")
     folder = tmp_path_factory.mktemp(request.param)
     source, cubin = folder / "kernels.cu", folder / "kernels.cubin"
     source.write_text(KERNELS)
     run = subprocess.run(
-        [nvcc, "-std=c++17", "-O3", "-fmad=false", f"-arch={request.param}", "-Xptxas", "-v",
-         "-cubin", "-I", str(CSRC), "-o", str(cubin), str(source)],
+        [compiler, "-std=c++17", "-O3", "-fmad=false", f"-arch={request.param}", "-Xptxas", "-v",
+         "-cubin", "-I", str(nvcc.CSRC), "-o", str(cubin), str(source)],
         capture_output=True, text=True,
     )
     assert run.returncode == 0, run.stderr
@@ -79,6 +82,11 @@ def compiled(request, tmp_path_factory):
 
 def test_kernels_keep_everything_in_registers(compiled):
     _, report = compiled
+    used = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", report, re.S)
+    for dtype, most in REGISTERS.items():
+        # Where the name has the dtype alone, not among others.
+        (registers,) = (int(count) for name, count in used if f"J{dtype}EE" in name)
+        assert registers <= most, dtype
     frames = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
     )

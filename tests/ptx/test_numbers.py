@@ -7,11 +7,12 @@ import torch
 
 from czm_fused import FusedCZMSGD
 from czm_fused.models import cifar_resnet
+from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters
 from helpers.cases import Case, Options
-from helpers.problem import Problem, step_arguments
+from helpers.planned import Planned
 from helpers.stand_in import standing_in
 from helpers.step_backends import CUDA_PTX, TRITON_PTX, available, on, parameter
-from ptx.bounds import CASES, LOADS_BEFORE_WEIGHT, UNDER_HALF_FULL
+from ptx.bounds import CASES, LOADS_BEFORE_WEIGHT, UNDER_HALF_FULL, Numbers
 from ptx.recorder import Recorder
 from ptx.traffic import WEIGHTS, Traffic
 
@@ -20,27 +21,26 @@ pytestmark = pytest.mark.simulated
 on_both = on((CUDA_PTX, TRITON_PTX))
 
 
-def observed(backend, arguments, **options):
-    """Make a step, and return its traffic."""
+def observing(backend):
+    """Return a step that is observed, and what observes it."""
     traffic = Traffic()
-    recorder = Recorder(observer=traffic, **options)
-    step_class = type("ObservedStep", (backend.step_class,), {"recorder": recorder})
-    with standing_in(step_class):
-        torch.ops.czm_fused.step_(*arguments)
-    return traffic
+    recorder = Recorder(observer=traffic)
+    return type("ObservedStep", (backend.step_class,), {"recorder": recorder}), traffic
 
 
 def measure(backend, case):
     """Return the numbers of a case, as `bounds.py` has them."""
-    traffic = observed(backend, step_arguments([Problem(case)], backend.backend))
+    step_class, traffic = observing(backend)
+    planned = Planned(step_class, backend.backend, [case])
+    planned.step(planned.grads, Hyperparameters(planned.rows))
     size = math.prod(case.shape) * case.dtype.itemsize
     names = [name for name in WEIGHTS if name in traffic.loads]
-    return {
-        "sectors": max(traffic.sectors(name, size) for name in names),
+    return Numbers(
+        sectors=max(traffic.sectors(name, size) for name in names),
         # A request of a warp is 512 bytes at best.
-        "requests": max(traffic.loads[name].requests * 512 / size for name in names),
-        "loads_a_wait": traffic.loads_a_wait(),
-    }
+        requests=max(traffic.loads[name].requests * 512 / size for name in names),
+        loads_a_wait=traffic.loads_a_wait(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,45 +53,38 @@ def measure(backend, case):
 )
 def test_traffic(name, backend):
     case, bounds = CASES[name]
-    bound = bounds[backend.backend]
-    found = measure(backend, case)
-    print(name, backend, {key: round(value, 2) for key, value in found.items()})
-    assert found["sectors"] <= bound.sectors
-    assert found["requests"] <= bound.requests
-    assert found["loads_a_wait"] >= bound.loads_a_wait
+    bound, found = bounds[backend.backend], measure(backend, case)
+    print(f"{name}, {backend}: {found}")
+    assert found.sectors <= bound.sectors
+    assert found.requests <= bound.requests
+    assert found.loads_a_wait >= bound.loads_a_wait
 
 
 @on_both
 @pytest.mark.parametrize("situation", LOADS_BEFORE_WEIGHT)
 def test_loads_before_the_first_weight(situation, backend):
-    problems = [Problem(Case((2, 64, 3, 3), options=Options(nesterov=True)))]
-    scales = (torch.tensor(2.0), torch.tensor(0.0)) if "scaler" in situation else ()
-    arguments = list(step_arguments(problems, backend.backend, *scales))
-    if "capturable" in situation:
-        arguments[9] = _on_device(arguments[9])
-    traffic = observed(backend, arguments)
-    print(situation, backend, traffic.loads_before_weight())
+    step_class, traffic = observing(backend)
+    case = Case((2, 64, 3, 3), options=Options(nesterov=True))
+    planned = Planned(step_class, backend.backend, [case])
+    rows, scales = planned.rows, ()
+    if situation == "GradScaler and a rate on the device":
+        rows = [[DeviceScalar(torch.tensor(row[0])), *row[1:]] for row in rows]
+        scales = torch.tensor(2.0), torch.tensor(0.0)
+    planned.step(planned.grads, Hyperparameters(rows), *scales)
+    print(f"{situation}, {backend}: {traffic.loads_before_weight()}")
     assert traffic.loads_before_weight() <= LOADS_BEFORE_WEIGHT[situation][backend.backend]
 
 
-def _on_device(hyperparameters):
-    return hyperparameters
-
-
 @on_both
-@pytest.mark.parametrize(
-    "depth", [20, pytest.param(110, marks=pytest.mark.exhaustive)], ids=lambda depth: f"resnet{depth}"
-)
+@pytest.mark.parametrize("depth", [8, pytest.param(110, marks=pytest.mark.exhaustive)])
 def test_blocks_under_half_full(depth, backend):
     torch.manual_seed(0)
-    model = cifar_resnet(depth)
+    model = cifar_resnet(depth, residual_bias=True)
     for param in model.parameters():
         param.grad = 0.01 * torch.randn_like(param)
-    traffic = Traffic()
-    recorder = Recorder(observer=traffic)
-    step_class = type("ObservedStep", (backend.step_class,), {"recorder": recorder})
+    step_class, traffic = observing(backend)
     with standing_in(step_class):
         optimizer = FusedCZMSGD(model.parameters(), lr=0.1, backend=backend.backend)
         optimizer.step()
-    print(depth, backend, len(traffic.blocks), traffic.share_under_half_full())
+    print(f"{depth}, {backend}: {traffic.share_under_half_full()} of {len(traffic.blocks)}")
     assert traffic.share_under_half_full() <= UNDER_HALF_FULL[backend.backend]

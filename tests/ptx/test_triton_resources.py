@@ -13,9 +13,12 @@ from czm_fused.ops.backends import interpreting_triton
 
 triton = pytest.importorskip("triton")
 
-pytestmark = pytest.mark.skipif(
-    interpreting_triton(), reason="TRITON_INTERPRET is set, so nothing compiles"
-)
+pytestmark = [
+    pytest.mark.simulated,
+    pytest.mark.skipif(
+        interpreting_triton(), reason="TRITON_INTERPRET is set, so nothing compiles"
+    ),
+]
 
 SIGNATURE = {
     "rows": "*i64",

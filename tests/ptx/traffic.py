@@ -12,6 +12,7 @@ from ptx.memory import WARP
 from ptx.parsing import Address, Instruction, Operand, Register, Several
 
 SECTOR_BYTES = 32
+_LINE_BYTES = 128
 WEIGHTS = ("param", "grad", "momentum_buffer", "param_remainder")
 
 
@@ -38,7 +39,8 @@ class BlockNumbers:
         threads: of the block.
         threads_with_weights: that load a weight.
         loads_before_weight: global loads that wait for one another before the first weight is
-            asked for; a branch waits for its condition.
+            asked for, where instructions are issued in the order of the PTX. What is within a line
+            of 128 bytes comes with the first load of it.
         weight_loads: of weights, gradients and momentum, by instruction.
         waits: how often an instruction needs one of these that is still under way; then all are
             there.
@@ -70,27 +72,26 @@ class Traffic(Observer):
         self._with_weights = np.zeros(block.size, bool)
         # How many loads, one after the other, a register's value waited for.
         self._depths: dict[str, int] = {}
-        self._control = self._shared = self._issue = 0
+        self._issue = 0
         self._targets: set[str] = set()
         self._under_way: set[str] = set()
+        # Where a name was loaded from, and after how many loads, one after the other, it is here.
+        self._arrivals: dict[str, list[tuple[int, int]]] = defaultdict(list)
 
-    def execute(self, block: Block, instruction: Instruction, mask: np.ndarray) -> None:
+    def execute(self, instruction: Instruction) -> None:
         read, written = _registers(instruction)
         numbers = self.blocks[-1]
         if self._under_way & read:
             numbers.waits += 1
             self._under_way.clear()
-        depth = max((self._depths.get(name, 0) for name in read), default=0)
-        if instruction.base == "bra" and instruction.predicate is not None:
-            self._control = max(self._control, depth)
+        # In order: an instruction waits for what it reads, and those after it wait as well.
+        depths = (self._depths.get(name, 0) for name in read)
+        self._issue = max(self._issue, *depths, 0)
+        self._targets = written
+        if instruction.base in ("ld", "ldu") and instruction.space in ("", "global"):
             return
-        self._issue, self._targets = max(self._control, depth), written
-        if instruction.base in ("ld", "ldu") and instruction.space in ("", "global", "shared"):
-            depth = self._shared if instruction.space == "shared" else self._issue + 1
-        elif instruction.base == "st" and instruction.space == "shared":
-            self._shared = max(self._shared, depth)
         for name in written:
-            self._depths[name] = depth
+            self._depths[name] = self._issue
 
     def access(
         self, name: str, is_load: bool, lanes: np.ndarray, addresses: np.ndarray, size: int
@@ -102,6 +103,10 @@ class Traffic(Observer):
         found.requests += len(np.unique(warps))
         found.sectors += len(np.unique(np.stack([warps, sectors]), axis=1).T)
         found.bytes += len(lanes) * size
+        if is_load and name not in WEIGHTS:
+            arrival = max(self._issue, self._arrival(name, int(addresses[0])))
+            for target in self._targets:
+                self._depths[target] = arrival
         if not is_load or name not in WEIGHTS:
             return
         numbers = self.blocks[-1]
@@ -112,6 +117,13 @@ class Traffic(Observer):
             numbers.threads_with_weights = int(self._with_weights.sum())
             if numbers.loads_before_weight is None:
                 numbers.loads_before_weight = self._issue
+
+    def _arrival(self, name: str, address: int) -> int:
+        for other, arrival in self._arrivals[name]:
+            if abs(address - other) < _LINE_BYTES:
+                return arrival
+        self._arrivals[name].append((address, self._issue + 1))
+        return self._issue + 1
 
     def sectors(self, name: str, size: int) -> float:
         """Return the sectors that loads of a tensor of `size` bytes touched, over its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -67,27 +68,36 @@ def _step(
     for index in group_indices:
         if not 0 <= index < len(rows):
             raise ValueError(f"group index {index} is not one of the {len(rows)} hyperparameters")
-    states = _states(lists, flags)
+    states = states_of(lists, flags)
     plan, inputs = _plan(params, grads, states, flags, group_indices, backend)
     plan.run(inputs, rows, grad_scale, found_inf)
     torch.autograd.graph.increment_version([*params, *itertools.chain(*lists)])
 
 
-def _states(lists: Sequence[list[Tensor]], all_flags: Sequence[int]) -> list[dict[str, Tensor]]:
+def states_of(
+    lists: Sequence[list[Tensor]], all_flags: Sequence[int]
+) -> list[dict[str, Tensor]]:
     """Return the state of each parameter.
 
     Raises:
         ValueError: a list of another length than the flags ask for.
     """
     states: list[dict[str, Tensor]] = [{} for _ in all_flags]
-    for spec, tensors in zip(STATES, lists, strict=True):
-        bits = int(spec.flags)
-        owners = [state for state, flags in zip(states, all_flags, strict=True)
-                  if flags & bits == bits]
-        _check_length(f"{spec.name}s", tensors, len(owners))
-        for state, tensor in zip(owners, tensors, strict=True):
-            state[spec.name] = tensor
+    for spec, tensors, owners in zip(STATES, lists, _owners(tuple(all_flags)), strict=True):
+        name = spec.name
+        _check_length(f"{name}s", tensors, len(owners))
+        for owner, tensor in zip(owners, tensors, strict=True):
+            states[owner][name] = tensor
     return states
+
+
+@functools.lru_cache(maxsize=_MOST_PLANS)
+def _owners(all_flags: tuple[int, ...]) -> list[list[int]]:
+    """Return the numbers of the parameters that have each state."""
+    return [
+        [number for number, flags in enumerate(all_flags) if flags & bits == bits]
+        for bits in (int(spec.flags) for spec in STATES)
+    ]
 
 
 def _plan(

@@ -21,13 +21,12 @@ from czm_fused.ops.step.descriptors import (
     has_supported_strides,
 )
 from czm_fused.ops.step.reference import ReferenceStep
-from czm_fused.ops.step.spec import FILTER_FLAGS, STATES, StepFlag
+from czm_fused.ops.step.spec import STATES, StepFlag
 from czm_fused.ops.step.tensors import (
     ParamState,
     StepInputs,
     TensorReader,
     check_grads,
-    has_memory,
     has_state,
     is_readable,
     problem_of_param,
@@ -85,9 +84,11 @@ class DevicePlan:
         """Return the inputs of a step, or the index of a parameter that is not as planned."""
         if self._reader is None:
             wrong = self._first_unplanned(params, grads, states)
-            return StepInputs(params, grads, states, None) if wrong is None else wrong
-        result = self._reader.read(params, grads, states)
-        return result if isinstance(result, int) else StepInputs(params, grads, states, result)
+            if wrong is not None:
+                return wrong
+            is_complete = not any(grad is None for grad in grads)
+            return StepInputs(params, grads, states, None, is_complete)
+        return self._reader.read(params, grads, states)
 
     def run(
         self,
@@ -208,15 +209,7 @@ class StepPlan:
         ):
             tensor = StepTensor.of(ours[number], flags, index)
             if grad is not None:
-                sharding.check_not_flattened(number, param)
-                sharding.check_placements(number, param, bool(flags & FILTER_FLAGS))
-                if not has_memory(ours[number]):
-                    raise ValueError(
-                        f"parameter {number} has no memory: its storage was resized to "
-                        f"{ours[number].untyped_storage().nbytes()} bytes; restore it before the "
-                        "step"
-                    )
-                step_state.init_state(state[param], param, flags)
+                step_state.prepare(number, param, flags, state[param])
             elif not _has_all_state(state.get(param), tensor):
                 # It never had a gradient: its state is created with the first.
                 tensors.append(None)
@@ -260,7 +253,7 @@ class StepPlan:
         all_inputs = []
         for numbers, plan in self._parts:
             inputs = plan.read(
-                _select(numbers, params), _select(numbers, grads), _select(numbers, states)
+                select(numbers, params), select(numbers, grads), select(numbers, states)
             )
             if isinstance(inputs, int):
                 return None
@@ -312,7 +305,8 @@ def _has_all_state(state: ParamState | None, tensor: StepTensor) -> bool:
     )
 
 
-def _select(numbers: Sequence[int], items: list[Any]) -> list[Any]:
+def select(numbers: Sequence[int], items: list[Any]) -> list[Any]:
+    """Return the items of these numbers."""
     return [items[number] for number in numbers]
 
 

@@ -11,6 +11,7 @@ from czm_fused._internal import sharding
 from czm_fused.ops.step.descriptors import scalar
 from czm_fused.ops.step.reference import initial_log_scale
 from czm_fused.ops.step.spec import (
+    FILTER_FLAGS,
     HYPERPARAMETERS,
     STATES,
     Shape,
@@ -71,6 +72,25 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
             "nesterov needs momentum > 0 and dampening = 0, but momentum was "
             f"{group['momentum']} and dampening {group['dampening']}"
         )
+
+
+def prepare(number: int, param: Tensor, flags: StepFlag, state: dict[str, Any]) -> None:
+    """Check that a step can take parameter `number`, and create the state that is missing.
+
+    Raises:
+        TypeError: a parameter that a wrapper has flattened.
+        ValueError: one that is placed otherwise than its filters allow, or has no memory; a state
+            that cannot be fitted to it.
+    """
+    sharding.check_not_flattened(number, param)
+    sharding.check_placements(number, param, bool(flags & FILTER_FLAGS))
+    ours = sharding.local(param)
+    if not has_memory(ours):
+        raise ValueError(
+            f"parameter {number} has no memory: its storage was resized to "
+            f"{ours.untyped_storage().nbytes()} bytes; restore it before the step"
+        )
+    init_state(state, param, flags)
 
 
 def init_state(state: dict[str, Any], param: Tensor, flags: StepFlag) -> None:

@@ -45,12 +45,14 @@ class StepInputs(NamedTuple):
         states: their states; None where a parameter has none.
         addresses: the descriptors with the addresses of all tensors, then those of the gradients;
             None for the reference backend.
+        is_complete: True if no address of a gradient is 0, so that every parameter has one.
     """
 
     params: Sequence[Tensor]
     grads: Sequence[Tensor | None]
     states: Sequence[ParamState | None]
     addresses: bytes | None
+    is_complete: bool
 
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the descriptors, `(tensors, fields)`, and the addresses of the gradients."""
@@ -87,11 +89,11 @@ class TensorReader:
         params: list[Tensor],
         grads: list[Tensor | None],
         states: list[ParamState | None],
-    ) -> bytes | int:
-        """Return `StepInputs.addresses`, or the index of a parameter that is not as planned."""
+    ) -> StepInputs | int:
+        """Return the inputs of a step, or the index of a parameter that is not as planned."""
         if self._native is None:
             return self._read_in_python(params, grads, states)
-        result: bytes | int = self._native.read_tensors(
+        result: tuple[bytes, bool] | int = self._native.read_tensors(
             _torch_objects(),
             self._descriptor_bytes,
             self._layout_bytes,
@@ -101,16 +103,17 @@ class TensorReader:
             states,
             self._last,
         )
-        if not isinstance(result, int):
-            self._last = result
-        return result
+        if isinstance(result, int):
+            return result
+        self._last = result[0]
+        return StepInputs(params, grads, states, *result)
 
     def _read_in_python(
         self,
         params: list[Tensor],
         grads: list[Tensor | None],
         states: list[ParamState | None],
-    ) -> bytes | int:
+    ) -> StepInputs | int:
         descriptors = self._descriptors.copy()
         grad_addresses = np.zeros(len(params), dtype=np.int64)
         for index, (tensor, param, grad, state) in enumerate(
@@ -131,7 +134,8 @@ class TensorReader:
                 if problem_of_state(value, its_state, tensor, self._device) is not None:
                     return index
                 descriptors[index, column] = value.data_ptr()  # type: ignore[union-attr]
-        return descriptors.tobytes() + grad_addresses.tobytes()
+        addresses = descriptors.tobytes() + grad_addresses.tobytes()
+        return StepInputs(params, grads, states, addresses, bool(grad_addresses.all()))
 
 
 @functools.cache

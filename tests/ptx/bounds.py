@@ -1,0 +1,80 @@
+"""The numbers that the GPU kernels must keep. Lower them with the kernels; never raise them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from helpers.cases import Case
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What loads of weights, gradients and momentum cost.
+
+    Attributes:
+        sectors: 32 bytes each, over the tensor's own, at most.
+        requests: of warps, over as many as move 16 bytes a thread, at most.
+        loads_a_wait: loads under way when the first of them is needed, at least.
+    """
+
+    sectors: float
+    requests: float
+    loads_a_wait: float
+
+
+# A case for each kind of filter, and its numbers by backend.
+CASES = {
+    "contiguous": (
+        Case((4, 512, 3, 3)),
+        {"cuda": Numbers(1, 1, 15), "triton": Numbers(10, 6, 3.9)},
+    ),
+    "channels_last": (
+        Case((4, 512, 3, 3), layout="channels_last"),
+        {"cuda": Numbers(1, 1, 15), "triton": Numbers(3, 3, 2.1)},
+    ),
+    "bfloat16": (
+        Case((4, 512, 3, 3), torch.bfloat16),
+        {"cuda": Numbers(1, 1, 1), "triton": Numbers(18, 10, 7.3)},
+    ),
+    "misaligned": (
+        Case((4, 512, 3, 3), offset=1),
+        {"cuda": Numbers(1.25, 4, 1), "triton": Numbers(16.13, 12, 9.3)},
+    ),
+    "no vector divides it": (
+        Case((8, 3, 7, 7)),
+        {"cuda": Numbers(1.24, 4.36, 1), "triton": Numbers(16.44, 141.94, 6.1)},
+    ),
+    "1x1": (
+        Case((8, 64, 1, 1)),
+        {"cuda": Numbers(1, 2, 3), "triton": Numbers(2, 4, 1.6)},
+    ),
+    "9,216 weights": (
+        Case((2, 1024, 3, 3)),
+        {"cuda": Numbers(3, 3.03, 2.3), "triton": Numbers(10, 6, 3.9)},
+    ),
+    "25,088 weights": (
+        Case((1, 25088)),
+        {"cuda": Numbers(2, 2, 2.5), "triton": Numbers(2, 2, 1.6)},
+    ),
+}
+
+# Global loads that wait for one another before the first weight is asked for, at most.
+LOADS_BEFORE_WEIGHT = {
+    "plain": {"cuda": 2, "triton": 2},
+    "GradScaler and a rate on the device": {"cuda": 5, "triton": 4},
+}
+
+# The share of a CIFAR ResNet's blocks in which fewer than half of the threads load a weight.
+UNDER_HALF_FULL = {"cuda": 0.24, "triton": 0.1}
+
+# Registers of the CUDA step, by the dtypes of its tensors, on every architecture. With 128, two
+# blocks of 256 threads share a processor.
+REGISTERS = {
+    "f": 128,
+    "d": 128,
+    "13__nv_bfloat16": 128,
+    "6__half": 128,
+    "fd13__nv_bfloat166__half": 168,
+}
