@@ -69,12 +69,11 @@ LOADS_BEFORE_WEIGHT = {
 # The share of a CIFAR ResNet's blocks in which fewer than half of the threads load a weight.
 UNDER_HALF_FULL = {"cuda": 0.24, "triton": 0.1}
 
-# Registers of the CUDA step, by the dtypes of its tensors, on every architecture. With 128, two
-# blocks of 256 threads share a processor.
+# Registers of the CUDA step, by the dtype of its tensors, on every architecture. With 128, two
+# blocks of 256 threads share a processor, or it has one of 512.
 REGISTERS = {
     "f": 128,
     "d": 128,
     "13__nv_bfloat16": 128,
     "6__half": 128,
-    "fd13__nv_bfloat166__half": 168,
 }

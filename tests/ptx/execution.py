@@ -156,6 +156,8 @@ class Block:
 
     def predicate(self, operand: Operand) -> np.ndarray:
         """Return what a predicate is for each lane."""
+        if isinstance(operand, Immediate):
+            return np.full(self.size, operand.value != 0)
         assert isinstance(operand, Register)
         value = self.register(operand.name)
         return ~value if operand.is_negated else value
@@ -379,10 +381,25 @@ class Block:
             self._pc[acts] = current
             self._waits |= acts
             if base in ("bar", "barrier") and "warp" not in instruction:
-                self._meet_block(current)
+                if len(instruction.operands) == 2:
+                    self._meet_named(instruction, current)
+                else:
+                    self._meet_block(current)
             else:
                 self._meet_warps(instruction, current)
         return True
+
+    def _meet_named(self, instruction: Instruction, current: int) -> None:
+        """Let the threads of one barrier of the block go on once all that it is for are there."""
+        barriers, threads = (self.bits(operand, 32) for operand in instruction.operands)
+        here = self._waits & (self._pc == current)
+        for barrier in np.unique(barriers[here]):
+            group = np.flatnonzero(here & (barriers == barrier))
+            if len(group) == threads[group[0]]:
+                # This orders the whole block, more than the barrier does.
+                self.clock.meet_block()
+                self._pc[group] = current + 1
+                self._waits[group] = False
 
     def _meet_block(self, current: int) -> None:
         if (self._waits & (self._pc == current) == self._is_alive).all():

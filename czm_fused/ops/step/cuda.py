@@ -35,17 +35,19 @@ WORK_ITEM = np.dtype(
 )
 
 
-class _Size(NamedTuple):
+class Size(NamedTuple):
+    """What a thread has of tensors of one dtype; see csrc/cuda/step_kernel.cuh."""
+
     itemsize: int
     compute_itemsize: int
-    weights: int  # in the registers of a thread; see csrc/cuda/step_kernel.cuh
+    weights: int  # in its registers
 
 
-_SIZES = {
-    DTYPES[torch.float32]: _Size(4, 4, 20),
-    DTYPES[torch.float64]: _Size(8, 8, 8),
-    DTYPES[torch.bfloat16]: _Size(2, 4, 24),
-    DTYPES[torch.float16]: _Size(2, 4, 24),
+SIZES = {
+    DTYPES[torch.float32]: Size(4, 4, 20),
+    DTYPES[torch.float64]: Size(8, 8, 8),
+    DTYPES[torch.bfloat16]: Size(2, 4, 24),
+    DTYPES[torch.float16]: Size(2, 4, 24),
 }
 
 
@@ -73,7 +75,7 @@ class Launch:
 
     def set_addresses(self, descriptors: np.ndarray) -> None:
         """Write the addresses of `descriptors`, those of all tensors of the plan, to new items."""
-        size = _SIZES[self.dtype]
+        size = SIZES[self.dtype]
         items = self.items.copy()
         rows = descriptors[self.tensors][items["tensor"]]
         filters = items["first"] // items["filter_numel"]
@@ -247,14 +249,14 @@ def _is_plain(rows: np.ndarray) -> np.ndarray:
 
 def _kinds(rows: np.ndarray, block_threads: int) -> dict[tuple[int, bool], np.ndarray]:
     """Return the tensors of each dtype, those of large filters apart from the others."""
-    held = np.zeros(len(_SIZES), dtype=np.int64)
-    for dtype, size in _SIZES.items():
+    held = np.zeros(len(SIZES), dtype=np.int64)
+    for dtype, size in SIZES.items():
         held[dtype] = block_threads * size.weights
     dtypes = rows[:, FIELD["dtype"]]
     has_large_blocks = ~_is_plain(rows) & (rows[:, FIELD["filter_numel"]] > held[dtypes])
     has_weights = rows[:, FIELD["numel"]] > 0
     kinds = {}
-    for dtype in _SIZES:
+    for dtype in SIZES:
         for large in (False, True):
             numbers = np.flatnonzero(has_weights & (dtypes == dtype) & (has_large_blocks == large))
             if len(numbers):
@@ -310,7 +312,7 @@ def work_items(
 def _deal(
     row: np.ndarray, number: int, group: int, block_threads: int, has_large_blocks: bool
 ) -> np.ndarray:
-    size = _SIZES[int(row[FIELD["dtype"]])]
+    size = SIZES[int(row[FIELD["dtype"]])]
     numel, filter_numel = int(row[FIELD["numel"]]), int(row[FIELD["filter_numel"]])
     # Large blocks have no thread group of fewer threads than a small block.
     log_threads = (block_threads // 2).bit_length() - 1 if has_large_blocks else 0
