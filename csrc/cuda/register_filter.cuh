@@ -173,7 +173,7 @@ class RegisterFilter {
 
   // Where the thread group's filter has its elements in shared memory.
   __device__ __forceinline__ int shared_begin() const {
-    return threads_.number_in_warp() * threads_.size * kWeights;
+    return is_whole_warps ? 0 : threads_.number_in_warp() * threads_.size * kWeights;
   }
 
   // Where an element of the warp's filters has its place in shared memory: each filter begins a pack.
@@ -185,6 +185,7 @@ class RegisterFilter {
                    ? filter.threads_.size * kWeights - filter.filters_.filter_numel
                    : 0) {}
     __device__ __forceinline__ int operator()(int i) const {
+      if constexpr (is_whole_warps) return i;
       return gap_ == 0 ? i : i + divider_.quotient(i) * gap_;
     }
 
