@@ -149,10 +149,7 @@ class CapturableTable(DeviceTable):
     pinned_in_capture = 0
 
     def _stream(self):
-        return self.stream
-
-    def _is_capturing(self):
-        return self.is_capturing
+        return self.stream, self.is_capturing
 
     def _pinned(self):
         self.pinned_in_capture += self.is_capturing

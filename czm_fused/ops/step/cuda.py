@@ -61,6 +61,7 @@ class Launch:
         tensors: the tensors of the plan that it updates, as indices.
         groups: the groups that its work items mean by 0, 1, ...
         items: what each warp does, as csrc/cuda/work_item.h has it; whole blocks.
+        words: the same as int64.
         blocks: how many.
         table: the items on the device.
     """
@@ -70,6 +71,7 @@ class Launch:
     tensors: np.ndarray
     groups: np.ndarray
     items: np.ndarray
+    words: np.ndarray
     blocks: int
     table: DeviceTable
 
@@ -87,8 +89,7 @@ class Launch:
             elif name in _FILTER_ADDRESSES:
                 offset = filters * size.compute_itemsize
             items[name] = np.where((base != 0) & (items["numel"] > 0), base + offset, 0)
-        items.flags.writeable = False
-        self.items = items
+        self.items, self.words = items, items.view(np.int64)
 
 
 class CudaStep:
@@ -147,7 +148,7 @@ class CudaStep:
             values, addresses = hyperparameters.values, hyperparameters.addresses
             self._run(
                 launch,
-                launch.table.send(launch.items.view(np.int64)),
+                launch.table.send(launch.words),
                 grads if is_whole else _select(grads, launch.tensors),
                 values[launch.groups].tobytes() if some_groups else hyperparameters.value_bytes,
                 (addresses[launch.groups] if some_groups else addresses).tobytes(),
@@ -188,8 +189,9 @@ class CudaStep:
             tensors,
             groups,
             items,
+            items.view(np.int64),
             len(items) * _WARP // threads,
-            DeviceTable(items.size * WORK_ITEM.itemsize // 8, self._device),
+            DeviceTable(items.nbytes // 8, self._device),
         )
 
     def _run(
