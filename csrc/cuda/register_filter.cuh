@@ -33,10 +33,10 @@ struct Contiguous {
   __device__ __forceinline__ int64_t operator()(int i) const { return i; }
 };
 
-// `packs` is how many packs of W and of dW a thread holds, and `packs_at_once` how many of the momentum, asked
-// for with W and dW, or when the sums over the filter are known. `is_whole_warps` is true if no thread group
-// is smaller than a warp.
-template <class Stored, int packs, int packs_at_once, bool asks_early, class Place, bool is_whole_warps>
+// `packs` is how many packs of each a thread holds. The momentum is asked for with W and dW if `asks_early`,
+// else when the sums over the filter are known. `is_whole_warps` is true if no thread group is smaller than
+// a warp.
+template <class Stored, int packs, bool asks_early, class Place, bool is_whole_warps>
 class RegisterFilter {
  public:
   using T = opmath_type<Stored>;
@@ -57,24 +57,24 @@ class RegisterFilter {
         begin_(threads.number_in_warp() * filters.filter_numel),
         numel_(min(filters.numel - begin_, filters.filter_numel)),
         last_use_(is_shared_used ? Use::by_group : Use::none) {
-    load(param_, filters_.weight, 0);
-    load(grad_, filters_.grad, 0);
-    if constexpr (sizeof(Stored) == 2) load(remainder_, filters_.remainder, 0);
-    if constexpr (asks_early) load(momentum_, filters_.momentum, 0);
+    load(param_, filters_.weight);
+    load(grad_, filters_.grad);
+    if constexpr (sizeof(Stored) == 2) load(remainder_, filters_.remainder);
+    if constexpr (asks_early) load(momentum_, filters_.momentum);
   }
 
   __device__ __forceinline__ bool has_filter() const { return numel_ > 0; }
 
   // Loads what could not be asked for before.
   __device__ __forceinline__ void arrange() {
-    arrange(param_, filters_.weight, 0);
-    arrange(grad_, filters_.grad, 0);
-    if constexpr (asks_early) arrange(momentum_, filters_.momentum, 0);
+    arrange(param_, filters_.weight);
+    arrange(grad_, filters_.grad);
+    if constexpr (asks_early) arrange(momentum_, filters_.momentum);
 #pragma unroll
     for (int k = 0; k < packs; ++k) weight_[k] = to_opmath(pack_of<Stored>(param_[k]));
     if constexpr (sizeof(Stored) == 2) {
       if (filters_.remainder) {
-        arrange(remainder_, filters_.remainder, 0);
+        arrange(remainder_, filters_.remainder);
 #pragma unroll
         for (int k = 0; k < packs; ++k) add_remainders(weight_[k], pack_of<int16_t>(remainder_[k]));
       }
@@ -88,13 +88,13 @@ class RegisterFilter {
 
   // Writes the gradients times `inverse_scale`, as torch's fused optimizers leave them for GradScaler.
   __device__ __forceinline__ void unscale_grad(T inverse_scale, bool writes) {
-    store<packs>(filters_.grad, 0, writes,
+    store(filters_.grad, writes,
                  [&](int k) { return scaled(inverse_scale, pack_of<Stored>(grad_[k])); });
   }
 
   // Takes `removed` from every gradient, beside what CZMG removes. Nothing changes unless `writes`.
   __device__ __forceinline__ void update(const FilterRule<T>& rule, T removed, bool writes) {
-    if constexpr (!asks_early) load(momentum_, filters_.momentum, 0);
+    if constexpr (!asks_early) load(momentum_, filters_.momentum);
     Pack<T, kSize> direction[packs];
 #pragma unroll
     for (int k = 0; k < packs; ++k) {
@@ -106,7 +106,16 @@ class RegisterFilter {
 #pragma unroll
       for (int k = 0; k < packs; ++k) subtract(direction[k], [&](int) { return removed; });
     }
-    update_packs_from<0>(rule, direction, writes);
+    if constexpr (!asks_early) arrange(momentum_, filters_.momentum);
+#pragma unroll
+    for (int k = 0; k < packs; ++k) {
+      auto momentum = pack_of<Stored>(momentum_[k]);
+      update_pack(rule, weight_[k], direction[k], momentum);
+      momentum_[k] = words_of(momentum);
+    }
+    if (filters_.momentum) {
+      store(filters_.momentum, writes, [&](int k) { return pack_of<Stored>(momentum_[k]); });
+    }
     store_weight(writes);
   }
 
@@ -114,7 +123,6 @@ class RegisterFilter {
 
  private:
   static constexpr int kSize = kWidest<Stored>;
-  static_assert(packs % packs_at_once == 0 && (!asks_early || packs == packs_at_once));
 
   // A pack in four registers, whatever its elements.
   struct alignas(kWidestPackBytes) Words {
@@ -158,15 +166,14 @@ class RegisterFilter {
     return begin_of_warp() + (k * lanes + (lane_ & (lanes - 1))) * kSize;
   }
 
-  // The element of the warp's filters that this lane moves as the j-th of pack k where it moves single ones,
-  // `count` packs from `begin` on.
-  __device__ __forceinline__ int single(int begin, int k, int j, int lane) const {
-    return begin_of_warp() + begin * kWarp * kSize + (k * kSize + j) * kWarp + lane;
+  // The element of the warp's filters that a lane moves as the j-th of pack k where it moves single ones.
+  __device__ __forceinline__ int single(int k, int j, int lane) const {
+    return begin_of_warp() + (k * kSize + j) * kWarp + lane;
   }
 
   // Where the thread group's filter has its elements in shared memory.
   __device__ __forceinline__ int shared_begin() const {
-    return threads_.number_in_warp() * threads_.size * kWeights;
+    return is_whole_warps ? 0 : threads_.number_in_warp() * threads_.size * kWeights;
   }
 
   // Where an element of the warp's filters has its place in shared memory: each filter begins a pack.
@@ -178,6 +185,7 @@ class RegisterFilter {
                    ? filter.threads_.size * kWeights - filter.filters_.filter_numel
                    : 0) {}
     __device__ __forceinline__ int operator()(int i) const {
+      if constexpr (is_whole_warps) return i;
       return gap_ == 0 ? i : i + divider_.quotient(i) * gap_;
     }
 
@@ -208,48 +216,48 @@ class RegisterFilter {
     return reinterpret_cast<Element*>(shared_);
   }
 
-  // Asks for packs [begin, begin + count), if each can be moved straight into its place.
-  template <class Element, int count>
-  __device__ __forceinline__ void load(Words (&to)[count], const Element* from, int begin) const {
+  // Asks for a tensor's packs, if each can be moved straight into its place.
+  template <class Element>
+  __device__ __forceinline__ void load(Words (&to)[packs], const Element* from) const {
 #pragma unroll
-    for (int k = 0; k < count; ++k) to[k] = {};
+    for (int k = 0; k < packs; ++k) to[k] = {};
     if (!from || !is_direct(from)) return;
 #pragma unroll
-    for (int k = 0; k < count; ++k) {
-      if (first(begin + k) < numel_) {
-        to[k] = words_of(load_global<kSize>(from + place_(begin_ + first(begin + k))));
+    for (int k = 0; k < packs; ++k) {
+      if (first(k) < numel_) {
+        to[k] = words_of(load_global<kSize>(from + place_(begin_ + first(k))));
       }
     }
   }
 
   // Loads the packs that load() did not, all elements at once, with zeros beyond the filter.
-  template <class Element, int count>
-  __device__ __forceinline__ void arrange(Words (&to)[count], const Element* from, int begin) {
+  template <class Element>
+  __device__ __forceinline__ void arrange(Words (&to)[packs], const Element* from) {
     if (!from || is_direct(from)) return;
-    Element loaded[count][kSize] = {};
+    Element loaded[packs][kSize] = {};
     const int lane = opaque(lane_);
 #pragma unroll
-    for (int k = 0; k < count; ++k) {
+    for (int k = 0; k < packs; ++k) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const int i = single(begin, k, j, lane);
+        const int i = single(k, j, lane);
         if (i < filters_.numel) loaded[k][j] = *in_global(from + place_(i));
       }
     }
     Element* const shared = use_shared<Element>(Use::by_warp);
     const Spread spread(*this);
 #pragma unroll
-    for (int k = 0; k < count; ++k) {
+    for (int k = 0; k < packs; ++k) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const int i = single(begin, k, j, lane);
+        const int i = single(k, j, lane);
         if (i < filters_.numel) shared[spread(i)] = loaded[k][j];
       }
     }
     __syncwarp();
 #pragma unroll
-    for (int k = 0; k < count; ++k) {
-      const int i = first(begin + k);
+    for (int k = 0; k < packs; ++k) {
+      const int i = first(k);
       to[k] = {};
       if (i < numel_) {
         to[k] = words_of(load_pack<kSize>(shared + shared_begin() + i));
@@ -258,14 +266,13 @@ class RegisterFilter {
     }
   }
 
-  // Stores packs [begin, begin + count): pack_at(k) is the k-th of them.
-  template <int count, class Element, class PackAt>
-  __device__ __forceinline__ void store(Element* to, int begin, bool writes, const PackAt& pack_at) {
+  template <class Element, class PackAt>
+  __device__ __forceinline__ void store(Element* to, bool writes, const PackAt& pack_at) {
     if (is_direct(to)) {
 #pragma unroll
-      for (int k = 0; k < count; ++k) {
-        if (first(begin + k) < numel_ && writes) {
-          store_global(to + place_(begin_ + first(begin + k)), pack_at(k));
+      for (int k = 0; k < packs; ++k) {
+        if (first(k) < numel_ && writes) {
+          store_global(to + place_(begin_ + first(k)), pack_at(k));
         }
       }
       return;
@@ -274,16 +281,16 @@ class RegisterFilter {
     const Spread spread(*this);
     const int lane = opaque(lane_);
 #pragma unroll
-    for (int k = 0; k < count; ++k) {
-      const int i = first(begin + k);
+    for (int k = 0; k < packs; ++k) {
+      const int i = first(k);
       if (i < numel_) store_pack(shared + shared_begin() + i, pack_at(k));
     }
     __syncwarp();
 #pragma unroll
-    for (int k = 0; k < count; ++k) {
+    for (int k = 0; k < packs; ++k) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const int i = single(begin, k, j, lane);
+        const int i = single(k, j, lane);
         if (i < filters_.numel && writes) *in_global(to + place_(i)) = shared[spread(i)];
       }
     }
@@ -291,10 +298,10 @@ class RegisterFilter {
 
   __device__ __forceinline__ void store_weight(bool writes) {
     const auto param = [&](int k) { return from_opmath<Stored>(weight_[k]); };
-    store<packs>(filters_.weight, 0, writes, param);
+    store(filters_.weight, writes, param);
     if constexpr (sizeof(Stored) == 2) {
       if (!filters_.remainder) return;
-      store<packs>(filters_.remainder, 0, writes,
+      store(filters_.remainder, writes,
                    [&](int k) { return remainders_of(weight_[k], param(k)); });
     }
   }
@@ -324,33 +331,6 @@ class RegisterFilter {
     for (int j = 0; j < kSize; ++j) direction.values[j] -= removed(j);
   }
 
-  // Updates the packs from `begin` on, and stores their momentum.
-  template <int begin>
-  __device__ __forceinline__ void update_packs_from(const FilterRule<T>& rule,
-                                                    const Pack<T, kSize> (&direction)[packs],
-                                                    bool writes) {
-    constexpr int end = begin + packs_at_once;
-    if constexpr (!asks_early) arrange(momentum_, filters_.momentum, begin);
-    // The next are under way while these are updated.
-    Words next[packs_at_once];
-    if constexpr (end < packs) load(next, filters_.momentum, end);
-#pragma unroll
-    for (int k = 0; k < packs_at_once; ++k) {
-      auto momentum = pack_of<Stored>(momentum_[k]);
-      update_pack(rule, weight_[begin + k], direction[begin + k], momentum);
-      momentum_[k] = words_of(momentum);
-    }
-    if (filters_.momentum) {
-      store<packs_at_once>(filters_.momentum, begin, writes,
-                           [&](int k) { return pack_of<Stored>(momentum_[k]); });
-    }
-    if constexpr (end < packs) {
-#pragma unroll
-      for (int k = 0; k < packs_at_once; ++k) momentum_[k] = next[k];
-      update_packs_from<end>(rule, direction, writes);
-    }
-  }
-
   const Filters<Stored>& filters_;
   T* const shared_;
   const ThreadGroup& threads_;
@@ -361,7 +341,7 @@ class RegisterFilter {
   Use last_use_;
   Pack<T, kSize> weight_[packs];
   Words param_[packs], grad_[packs];
-  Words momentum_[packs_at_once];
+  Words momentum_[packs];
   Words remainder_[sizeof(Stored) == 2 ? packs : 1];
 };
 

@@ -30,13 +30,12 @@ template <class Stored, BlockSize block> struct BlockTraits {
   static constexpr int kThreads = kIsSmall ? CZM_BLOCK_THREADS : 2 * CZM_BLOCK_THREADS;
   static constexpr int kBlocksAMultiprocessor = kIsSmall ? 2 : 1;
   // Half types are computed in float.
-  static constexpr bool kIsHalf = sizeof(Stored) == 2, kIsDouble = sizeof(Stored) == 8;
-  static constexpr int kPacksInSmall = kIsHalf ? 3 : kIsDouble ? 4 : 5;
-  static constexpr int kPacksInLarge = kIsHalf ? 5 : kIsDouble ? 8 : 10;
-  using InRegisters = std::conditional_t<
-      kIsSmall, RegisterFilter<Stored, kPacksInSmall, kPacksInSmall, !kIsHalf, Contiguous, false>,
-      RegisterFilter<Stored, kPacksInLarge, 1, false, Contiguous, true>>;
-  using InTiles = RegisterFilter<Stored, kPacksInSmall, kPacksInSmall, false, TilePlace, true>;
+  static constexpr bool kIsHalf = sizeof(Stored) == 2;
+  static constexpr int kPacks = kIsHalf ? 3 : sizeof(Stored) == 8 ? 4 : 5;
+  using InRegisters = RegisterFilter<Stored, kPacks, kIsSmall && !kIsHalf, Contiguous, !kIsSmall>;
+  // Of tiles, which leave fewer registers.
+  static constexpr int kPacksOfTiles = sizeof(Stored) == 4 ? 4 : kPacks - 2;
+  using InTiles = RegisterFilter<Stored, kPacksOfTiles, false, TilePlace, true>;
   using T = opmath_type<Stored>;
   // A number for each weight that a block holds, and two for each warp.
   static constexpr int kSharedBytes =
@@ -159,7 +158,6 @@ __device__ __forceinline__ void run(const WorkItem& item, int64_t grad,
   T sums[2] = {};
   if constexpr (block == BlockSize::large) {
     if (filters.filter_numel > threads.size * InRegisters::kWeights) {
-#ifndef NOTILE
       const TiledFilter<Stored, typename Traits::InTiles> tiled(filters, its_shared, threads);
       const Numbers numbers(arguments, item);
       RuleMaker<T> make_rule(item, 0, filters.numel > 0);
@@ -170,8 +168,7 @@ __device__ __forceinline__ void run(const WorkItem& item, int64_t grad,
       const bool writes = numbers.nothing_infinite();
       const FilterRule<T> rule =
           make_rule(numbers.hyperparameters<T>(item), sums, writes && threads.rank == 0);
-      tiled.update(rule, numbers.inverse_scale<T>(), arguments.grad_scale != nullptr, writes, partial);
-#endif
+      tiled.update(rule, arguments.grad_scale ? numbers.inverse_scale<T>() : T(0), writes, partial);
       return;
     }
   }

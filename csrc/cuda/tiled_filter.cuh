@@ -47,9 +47,10 @@ template <class Stored, class InRegisters> class TiledFilter {
     sums[1] += T(totals[1]);
   }
 
-  // `partial` is shared memory as ThreadGroup::sum() takes it.
-  __device__ __forceinline__ void update(const FilterRule<T>& rule, T inverse_scale, bool unscales,
-                                         bool writes, T* partial) const {
+  // Gradients are left as they are where `inverse_scale` is 0. `partial` is shared memory as
+  // ThreadGroup::sum() takes it.
+  __device__ __forceinline__ void update(const FilterRule<T>& rule, T inverse_scale, bool writes,
+                                         T* partial) const {
     constexpr int size = kWidest<Stored>;
     const bool is_strided = channels_last() && filter_.taps > 1;
     // A channel that is longer than a tile comes in several, and its mean before them.
@@ -77,7 +78,7 @@ template <class Stored, class InRegisters> class TiledFilter {
         const TilePlace place = is_strided ? TilePlace(channels, channels_) : TilePlace();
         InRegisters in_registers(tile, shared_, threads_, place, is_shared_used);
         in_registers.arrange();
-        if (unscales) in_registers.unscale_grad(inverse_scale, writes);
+        if (inverse_scale != 0) in_registers.unscale_grad(inverse_scale, writes);
         in_registers.update(rule, removed, writes);
         is_shared_used = in_registers.is_shared_used();
       }

@@ -152,7 +152,18 @@ class Problem:
             )
         for name, memory in self.memory.items():
             assert memory.is_intact(), f"{self.case}: memory around {name} was written"
-        assert torch.equal(self.inputs["grad"], self["grad"].cpu())
+        self._check_grad(grad_scale)
+
+    def _check_grad(self, grad_scale: float) -> None:
+        """Assert that the gradient is as it was, or divided by GradScaler's scale."""
+        grad = self["grad"].cpu()
+        if grad_scale != 1.0 and not torch.equal(grad, self.inputs["grad"]):
+            unscaled = self.inputs["grad"].double() / grad_scale
+            precision = torch.finfo(self.case.dtype)
+            bound = 2 * precision.eps * unscaled.abs() + precision.smallest_normal * precision.eps
+            assert ((grad.double() - unscaled).abs() <= bound).all()
+            return
+        assert torch.equal(grad, self.inputs["grad"])
 
 
 def _random_state(case: Case, seed: int) -> dict[str, Tensor]:

@@ -73,12 +73,11 @@ UNDER_HALF_FULL = {"cuda": 0.24, "triton": 0.1}
 # each thread has loaded itself, in float32 but not in bfloat16; Triton's compiler places its own.
 UNNEEDED_BARRIERS = {"cuda": 1, "triton": 4}
 
-# Registers of the CUDA step, by the dtypes of its tensors, on every architecture. With 128, two
-# blocks of 256 threads share a processor.
+# Registers of the CUDA step, by the dtype of its tensors, on every architecture. With 128, two
+# blocks of 256 threads share a processor, or it has one of 512.
 REGISTERS = {
     "f": 128,
     "d": 128,
     "13__nv_bfloat16": 128,
     "6__half": 128,
-    "fd13__nv_bfloat166__half": 168,
 }

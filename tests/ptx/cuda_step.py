@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from czm_fused.ops.step.cuda import CudaStep
+from czm_fused.ops.step.cuda import FEW_WORDS, MANY_WORDS, SIZES, CudaStep, Launch
 from ptx import nvcc
+from ptx.memory import Span
 from ptx.parsing import Kernel
 from ptx.recorder import StepMemory
 
-# As nvcc names them; the kernel of several dtypes has all.
-_MANGLED = ("Jf", "Jd", "J13__nv_bfloat16", "J6__half", "Jfd13__nv_bfloat166__half")
-# Of csrc/cuda/step_kernel.cuh.
-FEW_WORDS, MANY_WORDS = (4096 - 40) // 8, (32764 - 40) // 8
+# As nvcc names them.
+_MANGLED = ("f", "d", "13__nv_bfloat16", "6__half")
 
 
 class PtxCudaStep(StepMemory, CudaStep):
@@ -30,36 +30,45 @@ class PtxCudaStep(StepMemory, CudaStep):
     least_words: ClassVar[int] = 0
 
     @classmethod
-    def kernel(cls, dtype: int, words: int) -> Kernel:
+    def kernel(cls, launch: Launch, words: int) -> Kernel:
         """Return the kernel that `choose_kernel` of csrc/cuda/step_launch.h takes."""
-        is_few = max(words, cls.least_words) <= FEW_WORDS and dtype >= 0
+        is_few = max(words, cls.least_words) <= FEW_WORDS or launch.has_large_blocks
         room = FEW_WORDS if is_few else MANY_WORDS
         text = nvcc.compiled(*cls.source)
-        return nvcc.kernel(text, f"step_kernelILi{room}E", f"E{_MANGLED[dtype]}EE")
+        block_size = f"LNS_9BlockSizeE{int(launch.has_large_blocks)}E"
+        return nvcc.kernel(text, f"step_kernelILi{room}E{_MANGLED[launch.dtype]}{block_size}")
 
-    def _run(  # type: ignore[override]
+    def _run(
         self,
-        descriptors: Tensor,
-        work_items: Tensor,
-        grads: Tensor,
-        groups: Tensor,
-        group_addresses: Tensor,
-        dtype: int,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        launch: Launch,
+        table: Tensor,
+        grads: bytes,
+        hyperparameters: bytes,
+        hyperparameter_addresses: bytes,
+        grad_scale: int,
+        found_inf: int,
     ) -> None:
-        words = [groups.numpy().view(np.int64), group_addresses.numpy(), grads.numpy()]
-        kernel = self.kernel(dtype, sum(word.size for word in words))
-        scales = [0 if scale is None else scale.data_ptr() for scale in (grad_scale, found_inf)]
-        head = [descriptors.data_ptr(), work_items.data_ptr(), *scales, len(groups)]
-        # StepArguments of csrc/cuda/step_kernel.cuh.
-        arguments = np.concatenate([np.array(head), *(word.ravel() for word in words)]).tobytes()
-        tensors = {"descriptors": descriptors, "work_items": work_items}
-        tensors |= {"grad_scale": grad_scale, "found_inf": found_inf}  # type: ignore[dict-item]
+        for address, name in ((grad_scale, "grad_scale"), (found_inf, "found_inf")):
+            if address and all(span.address != address for span in self.recorder.spans):
+                self.recorder.spans.append(Span(address, torch.float32.itemsize, name))
+        words = hyperparameters + hyperparameter_addresses + grads
+        kernel = self.kernel(launch, len(words) // 8)
+        # StepArguments of csrc/cuda/work_item.h.
+        head = np.array([table.data_ptr(), grad_scale, found_inf, len(launch.groups)])
+        size = SIZES[launch.dtype]
+        threads = self.block_threads * (2 if launch.has_large_blocks else 1)
         self.recorder.launch(
             kernel,
-            [arguments.ljust(kernel.param_bytes, b"\0")],
-            tensors,
-            self.block_threads,
-            len(work_items),
+            [(head.tobytes() + words).ljust(kernel.param_bytes, b"\0")],
+            {"work_items": table},
+            threads,
+            launch.blocks,
+            # A number for each weight that a block holds, and two for each warp.
+            (threads * size.weights + 2 * threads // 32) * size.compute_itemsize,
         )
+
+    def _is_capturing(self) -> bool:
+        return False
+
+    def _most_words(self) -> int:
+        return MANY_WORDS

@@ -19,9 +19,9 @@ _FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-ptx")
 STEP = """
 #include "cuda/step_launch.h"
 namespace czm {
-void launch(const StepLaunch& step, int64_t dtype) {
-  choose_kernel(step, dtype, [](auto kernel, const auto& arguments) {
-    kernel<<<1, kBlockThreads>>>(arguments);
+void launch(const StepLaunch& step) {
+  choose_kernel(step, [](auto kernel, const auto& arguments, int threads, int shared_bytes) {
+    kernel<<<1, threads, shared_bytes>>>(arguments);
   });
 }
 }

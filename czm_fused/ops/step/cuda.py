@@ -38,20 +38,19 @@ WORK_ITEM = np.dtype(
 )
 
 
-class _Size(NamedTuple):
-    """What a thread and a warp hold of tensors of one dtype; see csrc/cuda/step_kernel.cuh."""
+class Size(NamedTuple):
+    """What a thread has of tensors of one dtype; see csrc/cuda/step_kernel.cuh."""
 
     itemsize: int
     compute_itemsize: int
-    small: int  # weights in a thread of a small block
-    large: int  # and of a large one
+    weights: int  # in its registers
 
 
-_SIZES = {
-    DTYPES[torch.float32]: _Size(4, 4, 20, 40),
-    DTYPES[torch.float64]: _Size(8, 8, 8, 16),
-    DTYPES[torch.bfloat16]: _Size(2, 4, 24, 40),
-    DTYPES[torch.float16]: _Size(2, 4, 24, 40),
+SIZES = {
+    DTYPES[torch.float32]: Size(4, 4, 20),
+    DTYPES[torch.float64]: Size(8, 8, 8),
+    DTYPES[torch.bfloat16]: Size(2, 4, 24),
+    DTYPES[torch.float16]: Size(2, 4, 24),
 }
 
 
@@ -65,6 +64,7 @@ class Launch:
         tensors: the tensors of the plan that it updates, as indices.
         groups: the groups that its work items mean by 0, 1, ...
         items: what each warp does, as csrc/cuda/work_item.h has it; whole blocks.
+        words: the same as int64.
         blocks: how many.
         table: the items on the device.
     """
@@ -74,12 +74,13 @@ class Launch:
     tensors: np.ndarray
     groups: np.ndarray
     items: np.ndarray
+    words: np.ndarray
     blocks: int
     table: DeviceTable
 
     def set_addresses(self, descriptors: np.ndarray) -> None:
         """Write the addresses of `descriptors`, those of all tensors of the plan, to new items."""
-        size = _SIZES[self.dtype]
+        size = SIZES[self.dtype]
         items = self.items.copy()
         rows = descriptors[self.tensors][items["tensor"]]
         filters = items["first"] // items["filter_numel"]
@@ -91,8 +92,7 @@ class Launch:
             elif name in _FILTER_ADDRESSES:
                 offset = filters * size.compute_itemsize
             items[name] = np.where((base != 0) & (items["numel"] > 0), base + offset, 0)
-        items.flags.writeable = False
-        self.items = items
+        self.items, self.words = items, items.view(np.int64)
 
 
 class CudaStep:
@@ -151,7 +151,7 @@ class CudaStep:
             values, addresses = hyperparameters.values, hyperparameters.addresses
             self._run(
                 launch,
-                launch.table.send(launch.items.view(np.int64)),
+                launch.table.send(launch.words),
                 grads if is_whole else _select(grads, launch.tensors),
                 values[launch.groups].tobytes() if some_groups else hyperparameters.value_bytes,
                 (addresses[launch.groups] if some_groups else addresses).tobytes(),
@@ -192,8 +192,9 @@ class CudaStep:
             tensors,
             groups,
             items,
+            items.view(np.int64),
             len(items) * _WARP // threads,
-            DeviceTable(items.size * WORK_ITEM.itemsize // 8, self._device),
+            DeviceTable(items.nbytes // 8, self._device),
         )
 
     def _run(
@@ -253,14 +254,14 @@ def _is_plain(rows: np.ndarray) -> np.ndarray:
 
 def _kinds(rows: np.ndarray, block_threads: int) -> dict[tuple[int, bool], np.ndarray]:
     """Return the tensors of each dtype, those of large filters apart from the others."""
-    held = np.zeros(len(_SIZES), dtype=np.int64)
-    for dtype, size in _SIZES.items():
-        held[dtype] = block_threads * size.small
+    held = np.zeros(len(SIZES), dtype=np.int64)
+    for dtype, size in SIZES.items():
+        held[dtype] = block_threads * size.weights
     dtypes = rows[:, FIELD["dtype"]]
     has_large_blocks = ~_is_plain(rows) & (rows[:, FIELD["filter_numel"]] > held[dtypes])
     has_weights = rows[:, FIELD["numel"]] > 0
     kinds = {}
-    for dtype in _SIZES:
+    for dtype in SIZES:
         for large in (False, True):
             numbers = np.flatnonzero(has_weights & (dtypes == dtype) & (has_large_blocks == large))
             if len(numbers):
@@ -316,14 +317,13 @@ def work_items(
 def _deal(
     row: np.ndarray, number: int, group: int, block_threads: int, has_large_blocks: bool
 ) -> np.ndarray:
-    size = _SIZES[int(row[FIELD["dtype"]])]
-    weights = size.large if has_large_blocks else size.small
+    size = SIZES[int(row[FIELD["dtype"]])]
     numel, filter_numel = int(row[FIELD["numel"]]), int(row[FIELD["filter_numel"]])
     # Large blocks have no thread group of fewer threads than a small block.
     log_threads = (block_threads // 2).bit_length() - 1 if has_large_blocks else 0
     if _is_plain(row[np.newaxis])[0]:
-        filter_numel, log_threads = weights * _WARP, _WARP.bit_length() - 1
-    while (1 << log_threads) < block_threads and filter_numel > weights << log_threads:
+        filter_numel, log_threads = size.weights * _WARP, _WARP.bit_length() - 1
+    while (1 << log_threads) < block_threads and filter_numel > size.weights << log_threads:
         log_threads += 1
     threads = 1 << log_threads
     numel_a_warp = filter_numel * max(_WARP // threads, 1)

@@ -23,6 +23,7 @@ def keep_for_replays(*objects: object) -> None:
 
 class _Native(Protocol):
     def keep_on_device(self, device: int, data: bytes) -> int: ...
+    def stream_of(self, device: int) -> tuple[int, bool]: ...
 
 
 class _Sent(NamedTuple):
@@ -63,9 +64,9 @@ class DeviceTable:
         """
         if self._kept is not None and self._kept.holds(words):
             return self._kept.tensor
-        if self._is_capturing():
+        stream, is_capturing = self._stream()
+        if is_capturing:
             return self._send_in_capture(words)
-        stream = self._stream()
         sent = self._by_stream.get(stream)
         if sent is None or not sent.holds(words):
             data = words.tobytes()
@@ -87,7 +88,7 @@ class DeviceTable:
             tensor = torch.as_tensor(memory, device=self._device)
             self._kept = _Sent(words, data, tensor)
             return tensor
-        # The copy is part of the graph and runs with each replay: no other step may use its table.
+        # The copy is part of the graph: it runs with each replay, and no other step uses its table.
         if self._captured is None or self._captured[0] != data:
             host = self._pinned() if self._reserved is None else self._reserved
             self._reserved = None
@@ -102,16 +103,18 @@ class DeviceTable:
         is_pinned = self._device.type != "cpu"
         return torch.empty(self._size, dtype=torch.int64, device="cpu", pin_memory=is_pinned)
 
-    def _stream(self) -> int:
+    def _stream(self) -> tuple[int, bool]:
+        """Return the current stream, and True if it is being captured."""
         if self._device.type == "cpu":
-            return 0
-        return torch.accelerator.current_stream(self._device).stream_id
-
-    def _is_capturing(self) -> bool:
-        if self._device.type != "cuda":
-            return False
-        with torch.cuda.device(self._device):
-            return torch.cuda.is_current_stream_capturing()
+            return 0, False
+        native = _native(self._device)
+        if native is not None:
+            return native.stream_of(self._device.index)
+        is_capturing = False
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
+                is_capturing = torch.cuda.is_current_stream_capturing()
+        return torch.accelerator.current_stream(self._device).stream_id, is_capturing
 
 
 class _DeviceMemory:
