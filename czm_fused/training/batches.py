@@ -35,7 +35,8 @@ class Normalisation:
         self.std = torch.where(std > 0, std, 1.0).float()[:, None, None]
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        return (pixels.float() - self.mean) / self.std
+        normalised: Tensor = (pixels.float() - self.mean) / self.std
+        return normalised
 
 
 def augment(pixels: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
@@ -112,13 +113,14 @@ class LoaderBatches:
     """Batches of the user's DataLoader, or of a pair of them for training and test, as they are."""
 
     def __init__(self, data: Any, device: torch.device) -> None:
-        loaders = tuple(data) if isinstance(data, (tuple, list)) else (data,)
+        loaders: tuple[Any, ...] = tuple(data) if isinstance(data, (tuple, list)) else (data,)
         if len(loaders) not in (1, 2) or not isinstance(loaders[0], (DataLoader, Iterable)):
             raise TrainingError(
                 "data must be a folder, a DataLoader or a pair of DataLoaders (training, test), "
                 f"but was {type(data).__name__}"
             )
-        self._loaders, self._device = loaders, device
+        self._loaders: tuple[Iterable[Any], ...] = loaders
+        self._device = device
         self._sample: Tensor | None = None
         self.has_test = len(loaders) == 2 and loaders[1] is not None
 

@@ -22,7 +22,15 @@ C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandLine(Config):
+class Options(Config):
+    """The options of runs on a command line, and a file of them."""
+
+    config: str | None = None
+    """A YAML file of options, such as lr: 0.2; the command line overrides it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLine(Options):
     """Train a CIFAR residual network without BatchNorm (arXiv 1911.13173), or with.
 
     czm-train table1 trains the paper's Table 1, czm-train figures draws its figures, czm-train tune
@@ -34,8 +42,6 @@ class CommandLine(Config):
     --epochs (of steps), --device (of the same kind), --out and options of speed may change."""
     overwrite: bool = False
     """Replace the run that --out holds, if any."""
-    config: str | None = None
-    """A YAML file of options, such as lr: 0.2; the command line overrides it."""
 
 
 def read(kind: type[T], arguments: Sequence[str], prog: str = "czm-train", **keywords: Any) -> Any:

@@ -1,5 +1,7 @@
 """`czm-train figures`: the paper's figures 1 to 5, the filters' magnitudes and the rejection."""
 
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """The metrics of a run: JSON lines, TensorBoard events and a line an epoch on the terminal."""
 
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """The style of all plots, and those of one run."""
 
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence

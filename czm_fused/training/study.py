@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import DBAPIError
 
 from . import checkpoint, distributed
+from .cli import Options
 from .config import LOCAL, Config, check_resumed, difference, from_saved
 from .errors import DivergedError, TrainingError, explained
 from .run import SUMMARY, locked, pick_device, run
@@ -31,7 +32,7 @@ class PassedOver(TrainingError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyOptions(Config):
+class StudyOptions(Options):
     """The options of a study and of its runs."""
 
     folder: str = "runs"

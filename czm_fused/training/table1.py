@@ -1,5 +1,7 @@
 """`czm-train table1`: the rows of the paper's Table 1 as trials of a study, and their results."""
 
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 import shutil

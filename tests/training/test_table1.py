@@ -60,6 +60,14 @@ def test_options_of_a_method_go_to_the_rows_that_have_it():
     assert (batchnorm.epochs, czmig.epochs) == (7, 7)
 
 
+def test_options_in_a_file_go_to_all_rows(tmp_path):
+    (tmp_path / "options.yaml").write_text("epochs: 7\nchannels_last: true\nseeds: 2\n")
+    for row in (BATCHNORM, TABLE1[0]):
+        config = row.config(["--config", str(tmp_path / "options.yaml"), "--epochs", "9"])
+        assert (config.epochs, config.channels_last, config.seeds) == (9, True, 2)
+        assert (config.method, config.lr) == (row.method, row.lr)
+
+
 def test_statistics_are_scipys():
     values = {CZMIG: [93.1, 94.0, 93.6, 93.2], BN: [93.0, 92.9, 93.3], CZMI: [5.0]}
     study = optuna.create_study()
