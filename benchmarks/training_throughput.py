@@ -25,7 +25,7 @@ from czm_fused.models import blocks_per_stage
 from czm_fused.training import data
 from czm_fused.training.config import Config
 from czm_fused.training.errors import TrainingError
-from czm_fused.training.trainer import reference_trainer
+from czm_fused.training.trainer import Trainer
 
 # Weights stay where they are for thousands of steps.
 TIMED_RATE = 1e-4
@@ -142,10 +142,9 @@ class CZMTraining:
             **speed.settings(),
             **given,
         }
-        config = Config(**settings).resolve()
         moved = source.to(options.torch_device)
         where = data.DataSet(moved, moved, images.CLASSES), options.torch_device
-        self.trainer = reference_trainer(config, *where)
+        self.trainer = Trainer(Config(**settings), *where)
 
     def epoch(self) -> float:
         """Train on every image once; return the mean loss."""

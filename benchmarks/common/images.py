@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from czm_fused.training import data
-from czm_fused.training.augment import Normalisation
+from czm_fused.training.batches import Normalisation
 
 CLASSES = 10
 SIZE = 32

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from czm_fused.models import blocks_per_stage
 from czm_fused.training import data
-from czm_fused.training.precision import float32_products
+from czm_fused.training.trainer import float32_products
 
 from .images import CLASSES, PillowDataSet
 from .speed import Speed

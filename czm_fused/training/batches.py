@@ -1,4 +1,4 @@
-"""Where the batches of a training come from: images on the device, or the user's DataLoaders."""
+"""The batches of a training: of images on the device, or of the user's DataLoaders."""
 
 # torch is typed in part.
 # mypy: allow-untyped-calls
@@ -10,116 +10,139 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from .augment import Augmentation, Normalisation
-from .config import ResolvedConfig
+from .config import Config
 from .data import DataSet
 from .errors import TrainingError
 
 TEST_BATCH_SIZE = 512
 
 
-class DeviceBatches:
-    """Batches of images that are on the device; a batch is the indices of its images.
+class Normalisation:
+    """Shift and scale every channel to zero mean and unit deviation over the uint8 `pixels`."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        # Sums of whole numbers are exact in float64, in parts that keep the copies small.
+        sums = [
+            torch.stack([part.double().pow(power).sum((0, 2, 3)) for power in (1, 2)])
+            for part in pixels.split(max(1, 2**22 // max(1, pixels[0].numel())))
+        ]
+        mean, square = torch.stack(sums).sum(0) / (pixels.numel() / pixels.shape[1])
+        std = (square - mean.square()).clamp(min=0).sqrt()
+        self.mean = mean.float()[:, None, None]
+        self.std = torch.where(std > 0, std, 1.0).float()[:, None, None]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        normalised: Tensor = (pixels.float() - self.mean) / self.std
+        return normalised
+
+
+def augment(pixels: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Crop images at random from their zero-padded selves, and mirror half, each on its own."""
+
+    def draw(high: int, *size: int) -> Tensor:
+        return torch.randint(high, size, device=pixels.device, generator=generator)
+
+    if padding:
+        pixels = crop(pixels, padding, *draw(2 * padding + 1, 2, len(pixels)))
+    if flip:
+        is_mirrored = draw(2, len(pixels)).bool()[:, None, None, None]
+        pixels = torch.where(is_mirrored, pixels.flip(3), pixels)
+    return pixels
+
+
+def crop(pixels: Tensor, padding: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Pad each image with zeros, and cut its own size out of it again from a row and a column.
 
     Args:
-        data: on `device`.
-        config: the run's, resolved.
-        generator: source of the order and the augmentation, on `device`.
+        pixels: `(images, channels, height, width)`.
+        rows: int64 in [0, 2 * padding], `(images,)`; `columns` alike.
+    """
+    height, width = pixels.shape[2:]
+    windows = F.pad(pixels, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(len(pixels), device=pixels.device), :, rows, columns]
+
+
+class DeviceBatches:
+    """Batches of images on the device of `generator`, the source of order and augmentation.
+
+    A batch is the indices of its images.
     """
 
     has_test = True
 
-    def __init__(self, data: DataSet, config: ResolvedConfig, generator: torch.Generator) -> None:
-        self.data = data
+    def __init__(self, data: DataSet, config: Config, generator: torch.Generator) -> None:
+        self.data, self.config, self.generator = data, config, generator
         self.normalise = Normalisation(data.train.pixels)
-        self.augment = Augmentation(config.crop_padding, config.flip, generator)
-        self._config = config
-        self._generator = generator
 
     def training(self) -> list[Tensor]:
         """Return the batches of an epoch, in a new random order."""
-        order = torch.randperm(
-            len(self.data.train), generator=self._generator, device=self._generator.device
-        )
-        return split(order, self._config.batch_size, self._config.last_batch)
+        device, size = self.generator.device, self.config.batch_size
+        order = torch.randperm(len(self.data.train), generator=self.generator, device=device)
+        batches = list(order.split(size))
+        joins = self.config.last_batch == "join" and 2 * len(batches[-1]) < size
+        if joins and len(batches) > 1:
+            batches[-2:] = [torch.cat(batches[-2:])]
+        return batches
 
     def testing(self) -> list[Tensor]:
         """Return the batches of the test images."""
-        return list(
-            torch.arange(len(self.data.test), device=self._generator.device).split(TEST_BATCH_SIZE)
-        )
+        order = torch.arange(len(self.data.test), device=self.generator.device)
+        return list(order.split(TEST_BATCH_SIZE))
 
     def load_training(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return augmented uint8 pixels and labels."""
         images = self.data.train.at(indices)
-        return self.augment(images.pixels), images.labels
+        options = self.config.crop_padding, self.config.flip, self.generator
+        return augment(images.pixels, *options), images.labels
 
     def load_testing(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return uint8 pixels and labels."""
         images = self.data.test.at(indices)
         return images.pixels, images.labels
 
-    def size_of(self, batch: Tensor) -> int:
-        """Return the number of images of a batch."""
-        return len(batch)
-
     def sample(self, images: int) -> Tensor:
-        """Return some test images as the network reads them; those of a folder are in its order."""
+        """Return some test images as the network reads them, of all places in the test set."""
         every = max(1, len(self.data.test) // images)
         return self.normalise(self.data.test.pixels[::every][:images])
 
 
 class LoaderBatches:
-    """Batches of the user's own DataLoaders, of images and labels, taken as they are.
+    """Batches of the user's DataLoader, or of a pair of them for training and test, as they are."""
 
-    Args:
-        train: yields the training batches of an epoch.
-        test: yields those of the test, or None for no test.
-        device: where the batches go.
-    """
-
-    def __init__(
-        self, train: Iterable[Any], test: Iterable[Any] | None, device: torch.device
-    ) -> None:
-        self._train, self._test, self._device = train, test, device
-        self.has_test = test is not None
+    def __init__(self, data: Any, device: torch.device) -> None:
+        loaders: tuple[Any, ...] = tuple(data) if isinstance(data, (tuple, list)) else (data,)
+        if len(loaders) not in (1, 2) or not isinstance(loaders[0], (DataLoader, Iterable)):
+            raise TrainingError(
+                "data must be a folder, a DataLoader or a pair of DataLoaders (training, test), "
+                f"but was {type(data).__name__}"
+            )
+        self._loaders: tuple[Iterable[Any], ...] = loaders
+        self._device = device
         self._sample: Tensor | None = None
+        self.has_test = len(loaders) == 2 and loaders[1] is not None
 
     def training(self) -> Iterable[Any]:
-        """Return the training batches."""
-        return self._train
+        return self._loaders[0]
 
     def testing(self) -> Iterable[Any]:
-        """Return the test batches."""
-        return () if self._test is None else self._test
+        return self._loaders[1]
 
     def load_training(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return images and labels on the device.
-
-        Raises:
-            TrainingError: the batch is not a pair of tensors.
-        """
-        if not (
-            isinstance(batch, (tuple, list))
-            and len(batch) == 2
-            and all(isinstance(each, Tensor) for each in batch)
-        ):
+        """Return images and labels on the device."""
+        pair = list(batch) if isinstance(batch, (tuple, list)) else []
+        if len(pair) != 2 or not all(isinstance(each, Tensor) for each in pair):
             raise TrainingError(
                 "a DataLoader must give pairs of tensors (images, labels), but gave "
                 f"{type(batch).__name__}: choose its collate_fn so"
             )
-        images, labels = (each.to(self._device, non_blocking=True) for each in batch)
-        if self._sample is None:
-            self._sample = images
+        images, labels = (each.to(self._device, non_blocking=True) for each in pair)
+        self._sample = images if self._sample is None else self._sample
         return images, labels
 
     load_testing = load_training
-
-    def size_of(self, batch: Any) -> int:
-        """Return the number of images of a batch."""
-        return len(batch[1])
 
     def normalise(self, images: Tensor) -> Tensor:
         return images
@@ -127,33 +150,3 @@ class LoaderBatches:
     def sample(self, images: int) -> Tensor | None:
         """Return the first images that were loaded."""
         return None if self._sample is None else self._sample[:images]
-
-
-def split(order: Tensor, size: int, last_batch: str) -> list[Tensor]:
-    """Split the images of an epoch into batches.
-
-    Args:
-        order: the images' indices, `(images,)`.
-        size: images a batch.
-        last_batch: `"keep"` makes the remainder a batch of its own, `"join"` adds it to the batch
-            before if it is less than half a batch.
-    """
-    batches = list(order.split(size))
-    if last_batch == "join" and len(batches) > 1 and 2 * len(batches[-1]) < size:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
-
-
-def of_loaders(data: Any, device: torch.device) -> LoaderBatches:
-    """Return the batches of a DataLoader, or of a pair of them for training and test.
-
-    Raises:
-        TrainingError: `data` is neither.
-    """
-    train, test, *rest = (*data, None) if isinstance(data, (tuple, list)) else (data, None)
-    if rest not in ([], [None]) or not isinstance(train, (DataLoader, Iterable)):
-        raise TrainingError(
-            "data must be a folder, a DataLoader or a pair of DataLoaders (training, test), but "
-            f"was {type(data).__name__}"
-        )
-    return LoaderBatches(train, test, device)

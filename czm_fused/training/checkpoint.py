@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,22 +15,14 @@ import torch
 from .errors import TrainingError
 
 FILE_NAME = "checkpoint.pt"
-FORMAT = "czm-train checkpoint 2"
+FORMAT = "czm-train checkpoint 3"
 # Follows torch's zip archive, and is followed by the SHA-256 of the archive. torch.load reads
 # such a file too: zip readers look for the archive's directory from the end.
 _MARK = b"czm-train sha256"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path`, which keeps its old content until the new one is on the disk.
-
-    Args:
-        path: the checkpoint file.
-        state: tensors and plain Python values.
-
-    Raises:
-        TrainingError: the file cannot be written.
-    """
+    """Write `state`, of tensors and plain values, to `path`, which is replaced whole."""
     archive = io.BytesIO()
     torch.save({"format": FORMAT, **state}, archive)
     content = archive.getvalue()
@@ -39,25 +31,21 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what `save` wrote, with its tensors on the CPU. Runs no code from the file.
-
-    Args:
-        path: the checkpoint file, or the folder of a run.
+    """Read what `save` wrote to `path`, or into the folder of a run; runs no code from the file.
 
     Raises:
         TrainingError: the checkpoint is missing, damaged, or not one of czm-train.
     """
-    if path.is_dir():
-        path = path / FILE_NAME
+    path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
         raise TrainingError(f"no checkpoint at {path}: start without --resume")
-    content = path.read_bytes()
-    size = len(content) - len(_MARK) - hashlib.sha256().digest_size
-    is_marked = content[max(size, 0) :].startswith(_MARK)
-    if is_marked and content[size + len(_MARK) :] != hashlib.sha256(content[:size]).digest():
+    content, mark, digest = path.read_bytes().rpartition(_MARK)
+    is_marked = len(digest) == hashlib.sha256().digest_size
+    if is_marked and digest != hashlib.sha256(content).digest():
         raise TrainingError(f"the checkpoint {path} is damaged: its checksum does not fit")
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        archive = io.BytesIO(content + mark + digest)
+        state = torch.load(archive, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in whichever parser meets the damage
         raise TrainingError(f"the checkpoint {path} is truncated or damaged") from error
     if not is_marked or not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -67,14 +55,7 @@ def load(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file to write; rename it to `path` once it is complete and on the disk.
-
-    Args:
-        path: file to create or replace, in a folder that exists.
-
-    Raises:
-        TrainingError: the disk refuses, for instance because it is full; `path` is as it was.
-    """
+    """Yield a file to write, which becomes `path` once it is complete and on the disk."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(draft, "wb") as file:
@@ -82,12 +63,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except BaseException as error:
+    except BaseException:
         draft.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise TrainingError(f"cannot write {path}: {error}") from error
         raise
-    if os.name == "posix":
+    with suppress(OSError):  # not every system can flush a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

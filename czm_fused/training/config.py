@@ -3,71 +3,56 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias
 
 from ..init import GAIN
 from ..models import blocks_per_stage
-from .errors import TrainingError
+from .errors import TrainingError, explained
 
-_CZM = {
-    "lr": 0.4,
-    "head_lr": 0.1,
-    "zmg": 0.85,
-    "luma": 5e-4,
-    "classifier_luma": 5e-4,
-    "weight_decay": 0.0,
-    "noise": 0.1,
-}
-_SGD = {
-    "lr": 0.1,
-    "head_lr": None,
-    "zmg": 0.0,
-    "luma": 0.0,
-    "classifier_luma": 0.0,
-    "weight_decay": 5e-4,
-    "noise": 0.0,
-}
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "czmig": _CZM,
-    "czmi": {**_CZM, "zmg": 0.0},
-    "bn": _SGD,
-    "plain": _SGD,
-}
+Method: TypeAlias = Literal["czmig", "czmi", "bn", "plain"]
+Dataset: TypeAlias = Literal["digits", "imagefolder", "cifar10"]
+
+_CZM = dict(lr=0.4, head_lr=0.1, zmg=0.85, luma=5e-4, weight_decay=0.0, noise=0.1)
+_SGD = dict(lr=0.1, zmg=0.0, luma=0.0, weight_decay=5e-4, noise=0.0)
+METHOD_DEFAULTS = {"czmig": _CZM, "czmi": {**_CZM, "zmg": 0.0}, "bn": _SGD, "plain": _SGD}
 _SGD_HAS_NO = ("zmg", "luma", "classifier_luma", "head_lr", "gain", "stem")
-# Options without effect on a method; they must keep their defaults there.
 WITHOUT_EFFECT = {
     "czmig": (),
     "czmi": ("zmg",),
     "bn": (*_SGD_HAS_NO, "residual_bias"),
     "plain": _SGD_HAS_NO,
 }
+"""Options without effect on a method, which must keep their defaults there."""
 
-_PHOTOGRAPHS = {"depth": 110, "epochs": 200, "batch_size": 128, "crop_padding": 4, "flip": True}
-DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"depth": 20, "epochs": 40, "batch_size": 50, "crop_padding": 1, "flip": False},
+_PHOTOGRAPHS = dict(depth=110, epochs=200, batch_size=128, crop_padding=4, flip=True)
+DATASET_DEFAULTS = {
+    "digits": dict(depth=20, epochs=40, batch_size=50, crop_padding=1, flip=False),
     "imagefolder": _PHOTOGRAPHS,
     "cifar10": _PHOTOGRAPHS,
 }
+LOCAL = frozenset("device backend cuda_graph out data_dir cache_dir download plot_format".split())
+"""Options that decide where and how fast a run computes, not what it trains."""
 
-_LEAST = {"epochs": 1, "batch_size": 1, "crop_padding": 0, "hold_out": 0, "seed": 0, "workers": 0}
-
-# Options that decide where and how fast a run computes, not what; a resumed run may change them.
-FREE_ON_RESUME = frozenset(
-    "epochs device backend cuda_graph out data_dir cache_dir download workers plot_format".split()
-)
+# Also of the options that studies add.
+_LEAST = {"epochs": 1, "batch_size": 1, "seeds": 1, "trials": 1, "heartbeat": 1}
+_LEAST |= {"crop_padding": 0, "hold_out": 0, "seed": 0}
+_DEPENDS: Any = None  # on the method or the data set
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The options of a training run. None stands for the default of the method or data set."""
+    """The options of a training run.
 
-    method: Literal["czmig", "czmi", "bn", "plain"] = "czmig"
+    Options that are not given, or None, take the defaults of the method and the data set.
+    """
+
+    method: Method = "czmig"
     """czmig: zero-mean initialisation and gradients; czmi: initialisation only; bn: BatchNorm;
     plain: neither."""
-    dataset: Literal["digits", "imagefolder", "cifar10"] = "digits"
+    dataset: Dataset = "digits"
     """digits: scikit-learn's, bundled; imagefolder: train/ and test/ (or val/) under --data-dir, a
     folder a class; cifar10: torchvision's."""
     data_dir: str | None = None
@@ -80,11 +65,11 @@ class Config:
     hold_out: int = 0
     """Test on this many of the training images, the same for all seeds, and train on the others; 0
     tests on the test images."""
-    crop_padding: int | None = None
+    crop_padding: int = _DEPENDS
     """Crop at random from images padded with zeros by this many pixels."""
-    flip: bool | None = None
+    flip: bool = _DEPENDS
     """Mirror images left to right at random."""
-    depth: int | None = None
+    depth: int = _DEPENDS
     """Layers of the residual network, 6n + 2."""
     residual_bias: bool = False
     """Give the convolutions of the residual units biases, not only stem and classifier."""
@@ -93,14 +78,14 @@ class Config:
     stem: Literal["scaled", "zero-mean", "plain"] = "scaled"
     """The filters that read the image. scaled: as all others, but with spatial means; zero-mean: as
     all others; plain: neither exp-scaled nor anchored."""
-    epochs: int | None = None
+    epochs: int = _DEPENDS
     """Passes over the training images."""
-    batch_size: int | None = None
+    batch_size: int = _DEPENDS
     """Images of a step, over all processes."""
     last_batch: Literal["join", "keep"] = "join"
     """An epoch's last batch, where it is less than half of --batch-size: join it to the one before,
     or keep it."""
-    lr: float | None = None
+    lr: float = _DEPENDS
     """Learning rate of the filters."""
     head_lr: float | None = None
     """Learning rate of the classifier and all biases; bn and plain have one rate for all."""
@@ -110,15 +95,15 @@ class Config:
     """All rates x0.1 after these epochs (default: half and three quarters of --epochs)."""
     momentum: float = 0.9
     """Momentum of all parameters."""
-    weight_decay: float | None = None
+    weight_decay: float = _DEPENDS
     """L2 weight decay of all parameters."""
-    zmg: float | None = None
+    zmg: float = _DEPENDS
     """Share of a gradient's spatial mean to remove, 0 to 1."""
-    luma: float | None = None
+    luma: float = _DEPENDS
     """Strength of L2 unity-magnitude anchoring, which holds filters at unit magnitude."""
     classifier_luma: float | None = None
     """The same for the rows of the classifier (default: --luma)."""
-    noise: float | None = None
+    noise: float = _DEPENDS
     """Multiply the inputs of the residual units by U(1 - noise, 1 + noise)."""
     noise_on: Literal["unit", "branch"] = "unit"
     """Apply the noise to the whole input of a unit, or to that of its convolutions alone."""
@@ -138,61 +123,74 @@ class Config:
     """Run full batches through torch.compile, in training."""
     cuda_graph: bool = False
     """Make the step of a full batch one CUDA graph, from augmentation to optimizer."""
-    workers: int = 0
-    """Threads that decode images; 0 takes as many as there are processors."""
     out: str | None = None
     """Folder of the run (default: runs/<dataset>-<method>-<depth>-s<seed>)."""
     plot_format: Literal["png", "svg", "pdf"] = "png"
     """File format of the plots."""
 
-    def resolve(self) -> ResolvedConfig:
-        """Return a copy with every None that has a default replaced, checked.
+    def __post_init__(self) -> None:
+        # Unknown names are for `checked` to refuse.
+        for defaults, key in ((METHOD_DEFAULTS, self.method), (DATASET_DEFAULTS, self.dataset)):
+            for name, value in defaults.get(key, {}).items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, value)
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder of the run."""
+        return Path(self.out or f"runs/{self.dataset}-{self.method}-{self.depth}-s{self.seed}")
+
+    @property
+    def rate_drops(self) -> tuple[int, ...]:
+        """The epochs after which all learning rates are x0.1."""
+        if self.milestones is not None or self.schedule != "steps":
+            return self.milestones or ()
+        return tuple(sorted({math.ceil(self.epochs / 2), math.ceil(3 * self.epochs / 4)}))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all options as plain values, for JSON and checkpoints."""
+        values = {field.name: getattr(self, field.name) for field in fields(Config)}
+        anchor = self.luma if self.classifier_luma is None else self.classifier_luma
+        derived = dict(milestones=list(self.rate_drops), classifier_luma=anchor)
+        return {**values, **derived, "out": str(self.run_folder)}
+
+    def checked(self) -> Config:
+        """Return the options with the types that the command line would give them.
 
         Raises:
             TrainingError: a value has the wrong type, is out of range, or has no effect.
         """
-        check_types(self)
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        values = {**METHOD_DEFAULTS[self.method], **DATASET_DEFAULTS[self.dataset], **given}
-        values.setdefault("classifier_luma", None)
-        if self.classifier_luma is None:
-            values["classifier_luma"] = values["luma"]
-        if self.milestones is None:
-            values["milestones"] = (
-                default_milestones(values["epochs"]) if self.schedule == "steps" else ()
-            )
-        if self.out is None:
-            name = f"{self.dataset}-{self.method}-{values['depth']}-s{self.seed}"
-            values["out"] = str(Path("runs", name))
-        config = ResolvedConfig(**values)
-        _check_ranges(config)
+        from .cli import read, to_arguments
+
+        values = {field.name: getattr(self, field.name) for field in fields(Config)}
+        default = Config(**known(self.method, self.dataset))
+        config: Config = read(Config, to_arguments(values), default=default)
+        for name in WITHOUT_EFFECT[config.method]:
+            if getattr(config, name) not in (getattr(default, name), default.as_dict()[name]):
+                raise TrainingError(
+                    f"{option(name)} has no effect on --method {config.method}: leave it out"
+                )
+        for name, value in {**vars(self), **vars(config)}.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise TrainingError(f"{option(name)} must be a finite number, but was {value}")
+            if name in _LEAST and value < _LEAST[name]:
+                raise TrainingError(
+                    f"{option(name)} must be at least {_LEAST[name]}, but was {value}"
+                )
+        drops = list(config.rate_drops)
+        if any(epoch < 1 for epoch in drops) or drops != sorted(set(drops)):
+            raise TrainingError(f"--milestones must be increasing epochs, but were {drops}")
+        if drops and config.schedule != "steps":
+            raise TrainingError("--milestones has no effect on --schedule cosine: leave it out")
+        with explained("--depth"):
+            blocks_per_stage(config.depth)
         return config
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the options as plain values, for JSON and checkpoints."""
-        values = asdict(self)
-        if self.milestones is not None:
-            values["milestones"] = list(self.milestones)
-        return values
 
-
-@dataclass(frozen=True, kw_only=True)
-class ResolvedConfig(Config):
-    """The options of a run, complete; `Config.resolve` makes it."""
-
-    depth: int
-    epochs: int
-    batch_size: int
-    crop_padding: int
-    flip: bool
-    lr: float
-    weight_decay: float
-    zmg: float
-    luma: float
-    classifier_luma: float
-    noise: float
-    milestones: tuple[int, ...]
-    out: str
+def known(method: Any, dataset: Any) -> dict[str, Any]:
+    """Return the method and the data set, as far as they exist."""
+    chosen = {"method": method} if method in METHOD_DEFAULTS else {}
+    return chosen | ({"dataset": dataset} if dataset in DATASET_DEFAULTS else {})
 
 
 def option(name: str) -> str:
@@ -200,126 +198,29 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def defaults_of(method: str, dataset: str) -> dict[str, Any]:
-    """Return the options whose defaults depend on the method and the data set, with those."""
-    values = {**METHOD_DEFAULTS[method], **DATASET_DEFAULTS[dataset]}
-    del values["classifier_luma"]  # follows --luma
-    return {"method": method, "dataset": dataset, **values}
-
-
-def default_milestones(epochs: int) -> tuple[int, ...]:
-    """Return half and three quarters of `epochs`, rounded up."""
-    return tuple(sorted({math.ceil(epochs / 2), math.ceil(3 * epochs / 4)}))
-
-
-def check_types(config: Any) -> None:
-    """Check the value of every option against its type.
-
-    Raises:
-        TrainingError: one does not fit; the message names the option.
-    """
-    hints = get_type_hints(type(config))
-    for field in fields(config):
-        hint, value = hints[field.name], getattr(config, field.name)
-        if not any(_fits(value, each) for each in _alternatives(hint)):
-            wanted = " or ".join(_describe(each) for each in _alternatives(hint))
-            raise TrainingError(f"{option(field.name)} must be {wanted}, but was {value!r}")
-
-
-def from_saved(saved: Any) -> ResolvedConfig:
-    """Return the options that a checkpoint or another file holds.
-
-    Raises:
-        TrainingError: they are of another version, or damaged.
-    """
-    names = {field.name for field in fields(Config)}
-    if not isinstance(saved, dict) or set(saved) != names:
+def from_saved(saved: Any) -> Config:
+    """Return the options that a checkpoint holds."""
+    if not isinstance(saved, dict) or set(saved) != {field.name for field in fields(Config)}:
         raise TrainingError("the run was written by another version of czm-train: start a new one")
-    if isinstance(saved["milestones"], list):
-        saved = {**saved, "milestones": tuple(saved["milestones"])}
-    return Config(**saved).resolve()
+    return Config(**saved).checked()
 
 
-def check_resumed(config: ResolvedConfig, saved: ResolvedConfig) -> None:
-    """Check that a resumed run changes no option that decides what it trains.
+def difference(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], ignored: Collection[str]
+) -> str | None:
+    """Return the first option that two runs set differently, as in `--epochs 1, not 2`."""
+    for name in wanted:
+        if name not in ignored and saved.get(name) != wanted[name]:
+            return f"{option(name)} {saved.get(name)}, not {wanted[name]}"
+    return None
 
-    Raises:
-        TrainingError: it does; the message names the option.
-    """
-    for name, value in asdict(config).items():
-        before = getattr(saved, name)
-        if name not in FREE_ON_RESUME and value != before:
-            raise TrainingError(
-                f"the checkpoint was trained with {option(name)} {before}, not {value}: "
-                "leave the option out, or start without --resume"
-            )
-    if config.schedule == "cosine" and config.epochs != saved.epochs:
+
+def check_resumed(config: Config, saved: Config) -> None:
+    """Raise TrainingError where a resumed run changes an option that decides what it trains."""
+    may_change = LOCAL | ({"epochs"} if saved.schedule == "steps" else set())
+    found = difference(saved.as_dict(), config.as_dict(), may_change)
+    if found:
         raise TrainingError(
-            f"--schedule cosine was begun for {saved.epochs} epochs, not {config.epochs}: "
-            "leave --epochs out, or start without --resume"
+            f"the checkpoint was trained with {found}: leave the option out, or start without "
+            "--resume"
         )
-
-
-def with_values(config: Config, values: dict[str, Any], source: str) -> Config:
-    """Return `config` with the `values` that a file, called `source`, gives.
-
-    Raises:
-        TrainingError: it names an option that does not exist.
-    """
-    known = {field.name for field in fields(Config)}
-    for name in values:
-        if name not in known:
-            raise TrainingError(
-                f"{source} must set options of czm-train, but set {name!r}: "
-                "see czm-train --help, and write - as _"
-            )
-    if isinstance(values.get("milestones"), list):
-        values = {**values, "milestones": tuple(values["milestones"])}
-    return replace(config, **values)
-
-
-def _check_ranges(config: ResolvedConfig) -> None:
-    declared = {field.name: field.default for field in fields(Config)}
-    for name in WITHOUT_EFFECT[config.method]:
-        only = METHOD_DEFAULTS[config.method].get(name, declared[name])
-        if getattr(config, name) != only:
-            raise TrainingError(
-                f"{option(name)} has no effect on --method {config.method}: leave it out"
-            )
-    for name, least in _LEAST.items():
-        value = getattr(config, name)
-        if value < least:
-            raise TrainingError(f"{option(name)} must be at least {least}, but was {value}")
-    milestones = list(config.milestones)
-    if any(epoch < 1 for epoch in milestones) or milestones != sorted(set(milestones)):
-        raise TrainingError(f"--milestones must be increasing epochs, but were {milestones}")
-    if milestones and config.schedule != "steps":
-        raise TrainingError(
-            f"--milestones has no effect on --schedule {config.schedule}: leave it out"
-        )
-    try:
-        blocks_per_stage(config.depth)
-    except ValueError as error:
-        raise TrainingError(f"--depth: {error}") from error
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(each, int) for each in value)
-    if hint is float:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return is_number and math.isfinite(value)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _describe(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(get_args(hint))
-    names = {float: "a finite number", int: "an integer", str: "text", NoneType: "nothing"}
-    return names.get(hint, "a list of integers" if get_origin(hint) is tuple else "true or false")

@@ -1,35 +1,35 @@
-"""The data sets, as uint8 tensors."""
+"""The data sets, as uint8 tensors; decoded images of folders are kept between runs."""
 
 # mypy: disable-error-code="import-untyped"
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from . import cache
-from .config import ResolvedConfig
-from .errors import TrainingError, require
+from .checkpoint import replacing
+from .config import Config
+from .errors import TrainingError, explained
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 TEST_FOLDERS = ("test", "val", "validation")
+_CACHE_VERSION = "1"  # changes when images are decoded in another way
 
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images.
-
-    Attributes:
-        pixels: uint8, `(images, channels, height, width)`.
-        labels: int64, `(images,)`.
-    """
+    """Labelled images: uint8 `(images, channels, height, width)`, and int64 `(images,)`."""
 
     pixels: Tensor
     labels: Tensor
@@ -52,49 +52,35 @@ class DataSet:
     test: Images
     num_classes: int
 
-    @property
-    def channels(self) -> int:
-        return self.train.pixels.shape[1]
-
     def to(self, device: torch.device) -> DataSet:
         return DataSet(self.train.to(device), self.test.to(device), self.num_classes)
 
 
-def load(config: ResolvedConfig) -> DataSet:
+def load(config: Config) -> DataSet:
     """Read the data set that `config` names into the CPU's memory.
 
-    Raises:
-        TrainingError: it is missing, empty or broken; the message names the folder or the file.
-        MissingExtraError: the package that reads it is not installed.
+    Raises TrainingError, which names the folder or the file, where it is missing or broken.
     """
-    whole = _load(config)
-    return hold_out(whole, config.hold_out) if config.hold_out else whole
+    if config.dataset == "digits":
+        found = digits()
+    elif config.data_dir is None:
+        raise TrainingError(f"--dataset {config.dataset} needs --data-dir")
+    elif config.dataset == "cifar10":
+        found = cifar10(Path(config.data_dir), download=config.download)
+    else:
+        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "czm-fused")
+        found = image_folder(Path(config.data_dir), Path(config.cache_dir or user))
+    return hold_out(found, config.hold_out) if config.hold_out else found
 
 
 def hold_out(whole: DataSet, images: int) -> DataSet:
-    """Return the training images of `whole` alone, `images` of them, always the same, as the test.
-
-    Raises:
-        TrainingError: there are not so many.
-    """
+    """Return the training images of `whole` alone, `images` of them, always the same, as test."""
     count = len(whole.train)
     if images >= count:
         raise TrainingError(f"--hold-out must be less than {count} images, but was {images}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    held, kept = order[:images], order[images:]
-    return DataSet(whole.train.at(kept), whole.train.at(held), whole.num_classes)
-
-
-def _load(config: ResolvedConfig) -> DataSet:
-    if config.dataset == "digits":
-        return digits()
-    if config.data_dir is None:
-        raise TrainingError(f"--dataset {config.dataset} needs --data-dir")
-    folder = Path(config.data_dir)
-    if config.dataset == "cifar10":
-        return cifar10(folder, download=config.download)
-    workers = config.workers or os.cpu_count() or 1
-    return image_folder(folder, workers=workers, cache_dir=cache.folder(config.cache_dir))
+    train, test = whole.train.at(order[images:]), whole.train.at(order[:images])
+    return DataSet(train, test, whole.num_classes)
 
 
 def digits() -> DataSet:
@@ -102,124 +88,116 @@ def digits() -> DataSet:
 
     The first half trains (898 images), the second tests (899, by other writers).
     """
-    require("sklearn")
     from sklearn.datasets import load_digits
 
     bundle = load_digits()
     pixels = torch.from_numpy(bundle.images).to(torch.uint8).unsqueeze(1)
-    labels = torch.from_numpy(bundle.target).long()
-    half = len(labels) // 2
-    return DataSet(
-        train=Images(pixels[:half], labels[:half]),
-        test=Images(pixels[half:], labels[half:]),
-        num_classes=10,
-    )
+    images = Images(pixels, torch.from_numpy(bundle.target).long())
+    train, test = torch.arange(len(images)).tensor_split([len(images) // 2])
+    return DataSet(images.at(train), images.at(test), num_classes=10)
 
 
 def cifar10(folder: Path, *, download: bool) -> DataSet:
     """Return CIFAR-10 as torchvision stores it in `folder`."""
-    require("torchvision")
     from torchvision.datasets import CIFAR10
 
-    if not download and not folder.is_dir():
-        raise TrainingError(f"--data-dir {folder} does not exist: use --download to create it")
-
     def part(train: bool) -> Images:
-        try:
+        remedy = "try again" if download else "use --download to fetch it"
+        with explained(f"no CIFAR-10 under --data-dir {folder}", remedy):
             source = CIFAR10(str(folder), train=train, download=download)
-        except (RuntimeError, OSError) as error:
-            remedy = "try again" if download else "use --download to fetch it"
-            raise TrainingError(
-                f"no CIFAR-10 under --data-dir {folder} ({error}): {remedy}"
-            ) from error
         pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         return Images(pixels, torch.tensor(source.targets))
 
     return DataSet(train=part(True), test=part(False), num_classes=10)
 
 
-def image_folder(folder: Path, *, workers: int = 1, cache_dir: Path | None = None) -> DataSet:
-    """Return the images of `folder`/train/<class>/ and `folder`/test/<class>/, as RGB.
+def image_folder(folder: Path, cache: Path | None = None) -> DataSet:
+    """Return the images of `folder`/train/<class>/ and `folder`/test/<class>/, as RGB of one size.
 
-    Args:
-        folder: as torchvision's ImageFolder expects it, twice; `val` or `validation` may take the
-            place of `test`. All images have one size.
-        workers: threads that decode.
-        cache_dir: folder where the decoded images are kept; None keeps none.
-
-    Raises:
-        TrainingError: the folder or a file in it is missing or broken.
+    `val` or `validation` may take the place of `test`. `cache` is the folder where the decoded
+    images are kept; None keeps none.
     """
-    require("PIL")
-    tests = [name for name in TEST_FOLDERS if (folder / name).is_dir()]
-    if not (folder / "train").is_dir() or not tests:
-        if folder.name in ("train", *TEST_FOLDERS) and folder.is_dir():
-            raise TrainingError(
-                f"--data-dir must hold train/ and test/, but was one of them: give {folder.parent}"
-            )
-        missing = "test/ (or val/)" if (folder / "train").is_dir() else "train/"
-        raise TrainingError(f"--data-dir {folder} has no folder {missing} with a folder a class")
-    parts = ("train", tests[0])
-    classes = [_classes(folder / part) for part in parts]
-    if classes[0] != classes[1]:
-        difference = ", ".join(sorted(set(classes[0]) ^ set(classes[1])))
+    if folder.name in ("train", *TEST_FOLDERS) and not (folder / "train").exists():
         raise TrainingError(
-            f"{parts[0]}/ and {parts[1]}/ under {folder} have different classes: only one of them "
-            f"has {difference}"
+            f"--data-dir must hold train/ and test/, but seems to be one: give {folder.parent}"
         )
-    train, test = (_read_part(folder / part, classes[0], workers, cache_dir) for part in parts)
+    test_name = next((name for name in TEST_FOLDERS if (folder / name).is_dir()), "test")
+    parts = [folder / "train", folder / test_name]
+    with explained("--data-dir needs train/ and test/ (or val/), with a folder a class"):
+        classes = [sorted(each.name for each in part.iterdir() if each.is_dir()) for part in parts]
+    if classes[0] != classes[1]:
+        raise TrainingError(
+            f"train/ and {test_name}/ under {folder} have different classes: only one of them has "
+            f"{', '.join(sorted(set(classes[0]) ^ set(classes[1])))}"
+        )
+    train, test = (_read_part(part, classes[0], cache) for part in parts)
     if train.pixels.shape[1:] != test.pixels.shape[1:]:
-        raise TrainingError(f"{parts[0]}/ and {parts[1]}/ under {folder} differ in image size")
+        raise TrainingError(f"train/ and {test_name}/ under {folder} differ in image size")
     return DataSet(train, test, num_classes=len(classes[0]))
 
 
-def _classes(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if not names:
-        raise TrainingError(f"no images under {folder}: it needs a folder a class")
-    return names
-
-
-def _read_part(
-    folder: Path, classes: Sequence[str], workers: int, cache_dir: Path | None
-) -> Images:
-    files, labels = [], []
+def _read_part(folder: Path, classes: Sequence[str], cache: Path | None) -> Images:
+    files: dict[str, os.stat_result] = {}
+    labels: list[int] = []
     for label, name in enumerate(classes):
         found = sorted(_image_files(folder / name, ()))
         if not found:
             raise TrainingError(f"no images under {folder / name}: remove the folder or fill it")
-        files += found
+        files.update(found)
         labels += [label] * len(found)
-    key = cache.key(folder, files)
-    pixels = None if cache_dir is None else cache.read(cache_dir, key)
-    if pixels is None:
-        pixels = _decode_all([path for path, _, _ in files], f"reading {folder.name}", workers)
-        if cache_dir is not None:
-            cache.write(cache_dir, key, pixels)
+    if not files:
+        raise TrainingError(f"no images under {folder}: it needs a folder a class")
+    if cache is None:
+        return Images(_decode_all(list(files)), torch.tensor(labels))
+    kept = cache / _cache_name(folder, files)
+    try:
+        pixels = torch.from_numpy(np.load(kept, mmap_mode="c"))
+    except (OSError, ValueError):
+        pixels = _decode_all(list(files))
+        _keep(kept, pixels)
     return Images(pixels, torch.tensor(labels))
 
 
-def _image_files(folder: Path, above: tuple[str, ...]) -> Iterator[tuple[str, int, int]]:
-    """Yield path, bytes and time of every image file under `folder`, through symbolic links."""
+def _image_files(folder: Path, above: tuple[str, ...]) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield every image file under `folder`, through symbolic links that do not lead back."""
     here = os.path.realpath(folder)
     if here in above:
         return
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from _image_files(Path(entry.path), (*above, here))
+        elif entry.name.lower().endswith(EXTENSIONS):
+            if not stat.S_ISREG(entry.stat().st_mode):
+                raise TrainingError(f"{entry.path} must be a file, but is a device or pipe")
+            yield entry.path, entry.stat()
+
+
+def _cache_name(folder: Path, files: Mapping[str, os.stat_result]) -> str:
+    """Return a name that changes with the names, sizes and times of the files of a folder."""
+    content = [(path[len(str(folder)) :], s.st_size, s.st_mtime_ns) for path, s in files.items()]
+    texts = os.path.realpath(folder), repr((_CACHE_VERSION, content))
+    digests = (hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16] for text in texts)
+    return "-".join(digests) + ".npy"
+
+
+def _keep(file: Path, pixels: Tensor) -> None:
+    """Keep `pixels` in the place of those of older contents of the folder, if the disk lets us."""
     try:
-        for entry in os.scandir(folder):
-            if entry.is_dir():
-                yield from _image_files(Path(entry.path), (*above, here))
-            elif entry.name.lower().endswith(EXTENSIONS):
-                found = entry.stat()
-                if not stat.S_ISREG(found.st_mode):
-                    raise TrainingError(f"{entry.path} must be a file, but is a device or pipe")
-                yield entry.path, found.st_size, found.st_mtime_ns
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as draft:
+            np.save(draft, pixels.numpy())
+        for old in file.parent.glob(f"{file.name.partition('-')[0]}-*.npy"):
+            if old != file:
+                old.unlink()
     except OSError as error:
-        raise TrainingError(f"cannot read the image folder {folder}: {error}") from error
+        print(
+            f"czm-train: warning: decoded images are not kept in {file.parent} ({error}): choose "
+            "another --cache-dir to start faster",
+            file=sys.stderr,
+        )
 
 
-def _decode_all(paths: Sequence[str], title: str, workers: int) -> Tensor:
-    from tqdm import tqdm
-
+def _decode_all(paths: Sequence[str]) -> Tensor:
     size = tuple(_decode(paths[0]).shape)
     pixels = torch.empty(len(paths), *size, dtype=torch.uint8)
 
@@ -232,10 +210,10 @@ def _decode_all(paths: Sequence[str], title: str, workers: int) -> Tensor:
             )
         pixels[index] = image
 
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        results = pool.map(decode_into_place, range(len(paths)))
-        for _ in tqdm(results, title, total=len(paths), unit="img", disable=None, leave=False):
+        done = pool.map(decode_into_place, range(len(paths)))
+        for _ in tqdm(done, "decoding", len(paths), unit="img", disable=None, leave=False):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
@@ -243,19 +221,14 @@ def _decode_all(paths: Sequence[str], title: str, workers: int) -> Tensor:
 
 
 def _decode(path: str) -> Tensor:
-    import numpy as np
     from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            if image.mode in ("I", "F"):
-                raise ValueError(f"its pixels (mode {image.mode}) have no fixed range: save 8 bits")
-            if image.mode.startswith("I;16"):
-                # convert() would clip at 255; the upper byte is what Pillow takes of 16-bit colour.
-                grey = (np.asarray(image) >> 8).astype(np.uint8)
-                pixels = np.stack([grey] * 3, axis=2)
-            else:
-                pixels = np.array(image.convert("RGB"))
-    except Exception as error:  # Pillow's formats fail in many ways on a broken file
-        raise TrainingError(f"cannot read the image {path}: {error}") from error
+    with explained(f"cannot read the image {path}"), Image.open(path) as image:
+        if image.mode in ("I", "F"):
+            raise ValueError(f"its pixels (mode {image.mode}) have no fixed range: save 8 bits")
+        if image.mode.startswith("I;16"):
+            # convert() would clip at 255; the upper byte is what Pillow takes of 16-bit colour.
+            pixels = np.stack([(np.asarray(image) >> 8).astype(np.uint8)] * 3, axis=2)
+        else:
+            pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)

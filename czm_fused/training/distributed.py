@@ -14,42 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from .errors import TrainingError
-
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+from .errors import TrainingError, explained
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a training.
-
-    Attributes:
-        rank: of this process, 0 to `size` - 1; rank 0 writes the files.
-        size: number of processes.
-    """
+    """This process, `rank` of 0 to `size` - 1, among those of a training; rank 0 writes files."""
 
     rank: int = 0
     size: int = 1
 
     def share(self, images: int) -> slice:
-        """Return the images of a batch of so many that this process takes: equal parts, +- 1.
-
-        The slice is empty where there are fewer images than processes.
-        """
+        """Return the images of a batch of so many that this process takes: equal parts, +- 1."""
         return slice(images * self.rank // self.size, images * (self.rank + 1) // self.size)
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Return `model` with gradients that are the mean over all processes.
 
-        Raises:
-            ValueError: it has BatchNorm, whose statistics torch gathers from several processes on
-                GPUs alone.
+        BatchNorm gathers the statistics of the whole batch, which torch does on GPUs alone.
         """
         if self.size == 1:
             return model
         if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
             if device.type != "cuda":
-                raise ValueError(
+                raise TrainingError(
                     "--method bn in several processes needs --device cuda, since torch gathers "
                     "the statistics of the whole batch on GPUs alone: use one process, or czmig"
                 )
@@ -64,10 +52,9 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Return `value` of every process, in the order of the ranks."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        distributed.all_gather_object(values, value)
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(values, value)
         return values
 
     @contextmanager
@@ -81,42 +68,20 @@ class Ranks:
 
 
 def is_launched() -> bool:
-    """Return whether `torchrun` started this process.
-
-    Raises:
-        TrainingError: the environment holds a part of torchrun's variables.
-    """
-    missing = [name for name in _TORCHRUN if name not in os.environ]
-    if missing and {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        raise TrainingError(
-            f"RANK and WORLD_SIZE are set, but {', '.join(missing)} not: start several processes "
-            "with torchrun -m czm_fused.training, or unset the two for one"
-        )
-    return not missing
+    """Return True if `torchrun`, or another launcher, started this process among others."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """Join the processes that `torchrun` started, by NCCL for GPUs and else by gloo.
-
-    Without `torchrun`, this process is the only one.
-
-    Raises:
-        TrainingError: they cannot be joined.
-    """
+    """Join the processes that `torchrun` started, if any, by NCCL for GPUs and else by gloo."""
     if not is_launched():
         yield Ranks()
         return
-    try:
+    remedy = "start them with torchrun -m czm_fused.training, or unset RANK and WORLD_SIZE for one"
+    with explained("cannot join the processes", remedy):
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    except (RuntimeError, ValueError) as error:
-        raise TrainingError(f"cannot join torchrun's processes: {error}") from error
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
-
-
-def local_rank() -> int:
-    """Return this process's number among those that `torchrun` started on this machine."""
-    return int(os.environ["LOCAL_RANK"])

@@ -1,8 +1,9 @@
-"""The errors that a training run reports to its user in one line."""
+"""The errors that a training reports to its user in one line."""
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class TrainingError(Exception):
@@ -13,18 +14,13 @@ class DivergedError(TrainingError):
     """The loss became infinite or NaN."""
 
 
-class MissingExtraError(TrainingError, ImportError):
-    """An optional package is not installed."""
-
-
-def require(*modules: str) -> None:
-    """Check that `modules` are installed, without importing them.
-
-    Raises:
-        MissingExtraError: some are not; the message says how to install them.
-    """
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(
-            f"the training needs {', '.join(missing)}: pip install 'czm-fused[train]'"
-        )
+@contextmanager
+def explained(what: str, remedy: str = "") -> Iterator[None]:
+    """Raise an error of the block as a TrainingError: `what (its first line): remedy`."""
+    try:
+        yield
+    except TrainingError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+        raise TrainingError(f"{what} ({reason})" + (f": {remedy}" if remedy else "")) from error

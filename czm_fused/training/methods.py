@@ -9,19 +9,21 @@ from torch import Tensor, nn
 
 from ..groups import czm_param_groups
 from ..init import GAIN, check_gain, czm_weight_, named_convolutions
-from ..models import CIFARResNet, cifar_resnet
+from ..models import cifar_resnet
+from ..ops.step.reference import filter_norms
 from ..optim import FusedCZMSGD
-from .config import ResolvedConfig
+from .config import Config
 
 _NORMS = {"czmig": "czm", "czmi": "czm", "bn": "bn", "plain": "none"}
 
 
-def uses_czm(config: ResolvedConfig) -> bool:
-    """Return whether the method trains zero-mean convolutions with `FusedCZMSGD`."""
+def uses_czm(config: Config) -> bool:
+    """Return True if the method trains zero-mean convolutions with `FusedCZMSGD`."""
     return _NORMS[config.method] == "czm"
 
 
-def build_model(config: ResolvedConfig, *, in_channels: int, num_classes: int) -> nn.Module:
+@torch.no_grad()
+def build_model(config: Config, *, in_channels: int, num_classes: int) -> nn.Module:
     """Return the method's network, initialised from torch's default generator."""
     model = cifar_resnet(
         config.depth,
@@ -33,50 +35,36 @@ def build_model(config: ResolvedConfig, *, in_channels: int, num_classes: int) -
         residual_bias=config.residual_bias,
     )
     if uses_czm(config):
-        _initialise(config, model)
+        check_gain(config.gain)
+        if config.stem == "zero-mean":
+            czm_weight_(model.stem.weight)
+        if config.gain != GAIN:
+            for convolution in named_convolutions(model).values():
+                convolution.weight.mul_(config.gain / GAIN)
     return model
 
 
-@torch.no_grad()
-def _initialise(config: ResolvedConfig, model: CIFARResNet) -> None:
-    check_gain(config.gain)
-    if config.stem == "zero-mean":
-        czm_weight_(model.stem.weight)
-    if config.gain != GAIN:
-        for convolution in named_convolutions(model).values():
-            convolution.weight.mul_(config.gain / GAIN)
-
-
-def build_optimizer(config: ResolvedConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """Return the method's optimizer: `FusedCZMSGD`, or for BatchNorm and the plain net torch's SGD.
 
     The first group holds filters, at the learning rate `lr`.
     """
+    common: dict[str, Any] = {
+        "lr": config.lr,
+        "momentum": config.momentum,
+        "weight_decay": config.weight_decay,
+    }
     if not uses_czm(config):
-        return torch.optim.SGD(
-            model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-    head_lr = config.lr if config.head_lr is None else config.head_lr
+        return torch.optim.SGD(model.parameters(), **common, fused=True)
     stem: dict[str, Any] = {
         "scaled": {},
         "zero-mean": {"zmg": config.zmg},
         "plain": {"exp_scale": False, "luma": 0.0},
     }[config.stem]
-    rest = {"lr": head_lr, "luma": config.classifier_luma}
+    rest = {"lr": config.head_lr, "luma": config.as_dict()["classifier_luma"]}
     groups = czm_param_groups(model, overrides={"stem": stem, "rest": rest})
-    return FusedCZMSGD(
-        groups,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        zmg=config.zmg,
-        luma=config.luma,
-        backend=config.backend,
-    )
+    common |= {"zmg": config.zmg, "luma": config.luma, "backend": config.backend}
+    return FusedCZMSGD(groups, **common)
 
 
 @torch.no_grad()
@@ -85,11 +73,9 @@ def direction_norms(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tenso
 
     Without exp-scaling, V is the weight itself.
     """
-    norms = []
+    norms = [torch.empty(0)]
     for parameter in model.parameters():
-        if parameter.dim() < 3:
-            continue
-        weight_norms = torch.linalg.vector_norm(parameter.flatten(1), dim=1)
-        log_scale = optimizer.state.get(parameter, {}).get("log_scale")
-        norms.append(weight_norms if log_scale is None else weight_norms / log_scale.exp())
-    return torch.cat(norms) if norms else torch.empty(0)
+        if parameter.dim() >= 3:
+            log_scale = optimizer.state.get(parameter, {}).get("log_scale", torch.zeros(()))
+            norms.append((filter_norms(parameter) / log_scale.exp()).cpu())
+    return torch.cat(norms)

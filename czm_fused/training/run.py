@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,23 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from ..ops import backends
-from . import batches, cache, checkpoint, data, distributed, metrics
+from . import checkpoint, data, distributed, metrics, plots
 from .checkpoint import replacing
-from .config import Config, ResolvedConfig, check_resumed, from_saved, option
-from .errors import DivergedError, TrainingError, require
-from .interrupts import held_back
+from .config import Config, check_resumed, from_saved, option
+from .errors import DivergedError, TrainingError, explained
 from .methods import direction_norms, uses_czm
-from .plots import name_network, plot_accuracy, plot_filters
-from .trainer import Trainer, reference_trainer, rejection_is_due
+from .trainer import Trainer
 
 SUMMARY = "summary.json"
 LOCK = "run.lock"
-_PLOTS = {"accuracy": plot_accuracy, "filters": plot_filters}
-
-OnEpoch = Callable[[dict[str, Any]], None]
+PLOTS = ("accuracy", "filters")
+_ACCURACIES = ("train_accuracy", "test_accuracy")
 
 
 @dataclass(frozen=True)
@@ -80,139 +81,151 @@ def train(
         TrainingError: an option or the data do not fit, or the folder holds something else.
         DivergedError: the loss is not finite.
     """
+    name = type(model).__name__
     config = config or Config()
-    if config.out is None:
-        config = replace(config, out=str(Path("runs", type(model).__name__.lower())))
-    resolved = config.resolve()
+    config = replace(config, out=config.out or f"runs/{name.lower()}")
+    if isinstance(data, (str, Path)):
+        config, data = replace(config, dataset="imagefolder", data_dir=str(data)), None
+    elif distributed.is_launched() or config.cuda_graph:
+        raise TrainingError("a DataLoader is for one process without cuda_graph: give a folder")
     resumed = None
-    if resume and Path(resolved.out, checkpoint.FILE_NAME).exists():
-        resumed = checkpoint.load(Path(resolved.out))
-        check_resumed(resolved, from_saved(resumed["config"]))
-    prepare_folder(resolved, overwrite or resumed is not None)
-    if not isinstance(data, (str, Path)) and distributed.is_launched():
-        raise TrainingError("train() with a DataLoader is for one process: give it a folder")
-    build = _of_user(model, data)
-    return run(resolved, resumed=resumed, build=build, title=type(model).__name__)
-
-
-def _of_user(model: nn.Module, source: Any) -> Any:
-    def build(config: ResolvedConfig, device: torch.device, ranks: distributed.Ranks) -> Trainer:
-        torch.manual_seed(config.seed)
-        generator = torch.Generator(device).manual_seed(config.seed)
-        found: batches.DeviceBatches | batches.LoaderBatches
-        if isinstance(source, (str, Path)):
-            with ranks.in_turn():
-                images = data.image_folder(
-                    Path(source),
-                    workers=config.workers or 4,
-                    cache_dir=cache.folder(config.cache_dir),
-                )
-            if config.hold_out:
-                images = data.hold_out(images, config.hold_out)
-            found = batches.DeviceBatches(images.to(device), config, generator)
-        else:
-            if config.cuda_graph:
-                raise TrainingError("--cuda-graph needs a folder of images: leave it out")
-            found = batches.of_loaders(source, device)
-        return Trainer(config, found, model.to(device), generator, ranks)
-
-    return build
-
-
-def _of_reference(
-    config: ResolvedConfig, device: torch.device, ranks: distributed.Ranks
-) -> Trainer:
-    with ranks.in_turn():
-        images = data.load(config).to(device)
-    return reference_trainer(config, images, device, ranks)
+    if resume and (config.run_folder / checkpoint.FILE_NAME).exists():
+        resumed = checkpoint.load(config.run_folder)
+        check_resumed(config.checked(), from_saved(resumed["config"]))
+    may_replace = overwrite or resumed is not None
+    user: dict[str, Any] = {"model": model, "loaders": data, "title": name}
+    return run(config, resumed=resumed, may_replace=may_replace, **user)
 
 
 def run(
-    config: ResolvedConfig,
+    config: Config,
     *,
     resumed: dict[str, Any] | None = None,
-    on_epoch: OnEpoch | None = None,
-    build: Callable[..., Trainer] = _of_reference,
+    may_replace: bool = False,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    model: nn.Module | None = None,
+    loaders: Any = None,
     title: str | None = None,
 ) -> TrainingResult:
-    """Train as `config` says into the folder `config.out`.
+    """Train as `config` says into the folder of the run.
 
-    The folder receives `checkpoint.pt` (from before the first epoch on, replaced after each),
-    `metrics.jsonl`, TensorBoard events, and at the end `accuracy.png`, `filters.png` and
-    `summary.json`. Nothing is written before the data are read and the network is built. Of the
-    processes that `torchrun` started, the first writes. Seeds torch's default generators.
+    Nothing is written before the data are read and the network is built, and then a checkpoint
+    before all else and after each epoch. Of the processes of `torchrun`, the first writes.
 
     Args:
-        config: the run's.
-        resumed: checkpoint to go on from, as `checkpoint.load` returns it.
+        resumed: checkpoint to go on from.
+        may_replace: True replaces the run that the folder holds.
         on_epoch: called with the record of each epoch once its checkpoint is written.
-        build: returns the trainer.
+        model: the user's network; None builds the config's.
+        loaders: the user's DataLoaders; None loads the config's data set.
         title: of the plots.
-
-    Raises:
-        TrainingError: something is missing, broken or does not fit.
-        DivergedError: the loss is not finite.
     """
-    require("tqdm", "matplotlib", "tensorboard", "filelock")
-    folder = Path(config.out)
+    config = config.checked()
+    folder = config.run_folder
+    check_folder(folder, may_replace)
     device = pick_device(config.device)
     check_options(config, device)
     with distributed.joined(device) as ranks:
-        writes = ranks.rank == 0
+        if loaders is None:
+            with ranks.in_turn():
+                loaders = data.load(config).to(device)
         try:
-            trainer = build(config, device, ranks)
+            trainer = Trainer(config, loaders, device, ranks, model)
         except ValueError as error:
             raise TrainingError(str(error)) from error
         history, seconds = [], 0.0
         if resumed is not None:
-            try:
+            with explained("the checkpoint is damaged"):
                 trainer.load_state_dict(resumed["trainer"])
                 history, seconds = list(resumed["history"]), float(resumed["seconds"])
-            except (TypeError, LookupError, ValueError) as error:
-                raise TrainingError(f"the checkpoint is damaged: {error!r}") from error
-        with locked(folder) if writes else nullcontext(), held_back() as stop_if_asked:
+        writes = ranks.rank == 0
+
+        def save() -> None:
             # Every rank takes part in its trainer's state.
-            state = _state(config, trainer, history, seconds, None)
-            log = _open(folder, state) if writes else None
-            try:
+            state: dict[str, Any] = {"config": config.as_dict(), "trainer": trainer.state_dict()}
+            if writes:
+                state.update(history=history, seconds=seconds)
+                checkpoint.save(folder / checkpoint.FILE_NAME, state)
+
+        with locked(folder) if writes else nullcontext(), _resumable(folder):
+            with uninterrupted():
+                if writes:
+                    _remove_old_files(folder, keep_events=bool(history))
+                # First of all files: it tells that the folder is a run of czm-train.
+                save()
+            with metrics.Log(folder, history) if writes else nullcontext() as log:
                 while trainer.epoch < config.epochs:
-                    record = _epoch(trainer, folder, stop_if_asked)
+                    record = _epoch(trainer)
                     history.append(record)
                     seconds += record["seconds"]
-                    state = _state(config, trainer, history, seconds, log)
-                    if log is not None:
-                        log.add(record)
-                        checkpoint.save(folder / checkpoint.FILE_NAME, state)
-                        print(metrics.describe(record, config.epochs), flush=True)
-                    if on_epoch is not None:
-                        on_epoch(record)
-            finally:
-                if log is not None:
-                    log.close()
-            summary = {**config.as_dict(), "seconds": seconds}
-            summary.update(
-                (name, history[-1][name])
-                for name in ("train_accuracy", "test_accuracy")
-                if name in history[-1]
-            )
+                    with uninterrupted():
+                        save()
+                        if log is not None:
+                            log.add(history)
+                            print(metrics.describe(record, config.epochs), flush=True)
+                        if on_epoch is not None:
+                            on_epoch(record)
+            accuracies = {name: history[-1][name] for name in _ACCURACIES if name in history[-1]}
+            summary = {**config.as_dict(), "seconds": seconds, **accuracies}
+            result = TrainingResult(folder, history, trainer.model, summary)
             if writes:
-                name = f"{title or name_network(summary)}, {config.method}"
-                _write_results(folder, config, summary, history, name)
-    return TrainingResult(folder, history, trainer.model, summary)
+                _write_results(result, title)
+    return result
 
 
-def prepare_folder(config: ResolvedConfig, may_replace: bool) -> None:
-    """Check that the folder of a run is free, or holds a run that may be replaced.
+def _epoch(trainer: Trainer) -> dict[str, Any]:
+    started = time.perf_counter()
+    record: dict[str, Any] = {"epoch": trainer.epoch + 1, "lr": trainer.lr}
+    record["train_loss"], record["train_accuracy"], images = trainer.train_epoch()
+    record["images_per_second"] = images / (time.perf_counter() - started)
+    if trainer.batches.has_test:
+        record["test_loss"], record["test_accuracy"], _ = trainer.test()
+    record["seconds"] = time.perf_counter() - started
+    norms = direction_norms(trainer.model, trainer.optimizer)
+    if len(norms):
+        record["filter_norms"] = metrics.quantiles(norms)
+        record["collapsed_filters"] = metrics.collapsed(norms)
+        if metrics.rejection_is_due(trainer.epoch, trainer.config.epochs):
+            record["rejection_db"] = trainer.rejection()
+    return record
 
-    Raises:
-        TrainingError: it holds something else.
-    """
-    folder = Path(config.out)
-    if not folder.exists():
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Say in errors of the block how to go on from the checkpoint in `folder`."""
+    file = folder / checkpoint.FILE_NAME
+    try:
+        yield
+    except DivergedError as error:
+        epoch = checkpoint.load(file)["trainer"]["epoch"]
+        raise DivergedError(
+            f"{error}; {file} holds the run after epoch {epoch}; lower learning rates may help"
+        ) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"continue with: czm-train --resume {folder}") from None
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the block has ended: it could leave a file or a lock half done."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
         return
-    if not folder.is_dir():
-        raise TrainingError(f"--out {folder} must be a folder, but is a file: choose another")
-    names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"} - {LOCK}
+    asked: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *signal_and_frame: asked.append(signal_and_frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if asked:
+        previous(*asked[0])
+
+
+def check_folder(folder: Path, may_replace: bool) -> None:
+    """Raise TrainingError unless the folder of a run is free, or a run that may be replaced."""
+    files = folder.iterdir() if folder.exists() else ()
+    names = {path.name for path in files if path.suffix != ".tmp"} - {LOCK}
     if not names:
         return
     if checkpoint.FILE_NAME not in names:
@@ -227,41 +240,37 @@ def prepare_folder(config: ResolvedConfig, may_replace: bool) -> None:
     checkpoint.load(folder)  # refuses to replace the file of another program
 
 
+def _remove_old_files(folder: Path, keep_events: bool) -> None:
+    """Remove what another run, or the one that is resumed, has left in its folder."""
+    if (folder / checkpoint.FILE_NAME).exists():
+        own = [SUMMARY, *(f"{name}.{kind}" for name in PLOTS for kind in ("png", "svg", "pdf"))]
+        events = [] if keep_events else folder.glob(f"events.*{metrics.EVENTS_SUFFIX}")
+        for file in (*(folder / name for name in own), *events):
+            file.unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the folder of a run, which is created; the lock ends with the process.
+    """Hold the folder of a run, once or more in one process; the lock ends with the process.
 
-    Args:
-        folder: a process that holds it may hold it again.
-        wait: for another process that holds it.
-
-    Raises:
-        TrainingError: another process holds it, or it cannot be created.
+    `wait` waits for another process that holds it, where otherwise TrainingError is raised.
     """
-    from filelock import FileLock, Timeout
-
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, is_singleton=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, is_singleton=True)
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout as error:
         raise TrainingError(
             f"another process trains in --out {folder}: wait for it, or choose another --out"
         ) from error
-    except (OSError, NotImplementedError) as error:
-        raise TrainingError(f"cannot write into --out {folder}: {error}") from error
     try:
         yield
     finally:
         lock.release()
 
 
-def check_options(config: ResolvedConfig, device: torch.device) -> None:
-    """Check that the options of speed have something to act on.
-
-    Raises:
-        TrainingError: they have not; the message says the remedy.
-    """
+def check_options(config: Config, device: torch.device) -> None:
+    """Raise TrainingError, with the remedy, where an option of speed has nothing to act on."""
     for name in ("cuda_graph", "tf32"):
         if getattr(config, name) and device.type != "cuda":
             raise TrainingError(
@@ -271,25 +280,19 @@ def check_options(config: ResolvedConfig, device: torch.device) -> None:
     if distributed.is_launched() and config.cuda_graph:
         raise TrainingError("--cuda-graph is for a single process: leave it out under torchrun")
     if uses_czm(config):
-        try:
+        with explained(f"--backend {config.backend} cannot run here"):
             backends.choose(device, config.backend)
-        except (ValueError, RuntimeError) as error:
-            raise TrainingError(str(error)) from error
 
 
 def pick_device(name: str) -> torch.device:
     """Return the device called `name`; `"auto"` is a GPU if there is one, else the CPU.
 
     Each of several processes that `torchrun` starts on a machine takes a GPU of its own.
-
-    Raises:
-        TrainingError: it is not available here.
     """
-    try:
+    with explained(f"--device {name} is not available here", "use --device cpu, or auto"):
         if name == "auto":
             found = torch.accelerator.current_accelerator(check_available=True)
-            usable = found is not None and found.type != "mps"
-            device = found if usable and found is not None else torch.device("cpu")
+            device = torch.device("cpu") if found is None or found.type == "mps" else found
         else:
             device = torch.device({"gpu": "cuda"}.get(name, name))
             torch.ones(1, device=device).item()
@@ -297,114 +300,28 @@ def pick_device(name: str) -> torch.device:
             raise RuntimeError("czm-train trains on CPUs and CUDA GPUs")
         if device.type == "cpu":
             return device
-        index = device.index
-        if index is None and distributed.is_launched():
-            index = distributed.local_rank()
-        if index is None:
-            index = torch.accelerator.current_device_index()
+        here = os.environ.get("LOCAL_RANK", torch.accelerator.current_device_index())
+        index = int(here) if device.index is None else device.index
         torch.accelerator.set_device_index(index)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise TrainingError(
-            f"--device {name} is not available here ({reason}): use --device cpu, or auto"
-        ) from error
-    return torch.device(device.type, index)
+        return torch.device(device.type, index)
 
 
-def _open(folder: Path, state: dict[str, Any]) -> metrics.MetricsLog:
-    """Remove what another run, or the resumed one, has left, and begin the files of this one."""
-    stale = [SUMMARY, *(f"{name}.{suffix}" for name in _PLOTS for suffix in ("png", "svg", "pdf"))]
-    history = state["history"]
+def _write_results(result: TrainingResult, title: str | None) -> None:
+    folder, summary = result.folder, result.summary
+    title = f"{title or plots.name_network(summary)}, {summary['method']}"
     try:
-        known = (folder / checkpoint.FILE_NAME).exists()
-        written = checkpoint.load(folder).get("event_files", []) if known else []
-        if not history:
-            stale += map(str, written)
-        if known:
-            for name in stale:
-                (folder / Path(name).name).unlink(missing_ok=True)
-        # First of all files: it tells that the folder is a run of czm-train.
-        checkpoint.save(folder / checkpoint.FILE_NAME, state)
-        log = metrics.MetricsLog(folder, history)
-        if history:
-            log.event_files = [*map(str, written), *log.event_files]
-        state["event_files"] = log.event_files
-        checkpoint.save(folder / checkpoint.FILE_NAME, state)
-        return log
-    except OSError as error:
-        raise TrainingError(f"cannot write into --out {folder}: {error}") from error
-
-
-def _state(
-    config: ResolvedConfig,
-    trainer: Trainer,
-    history: list[dict[str, Any]],
-    seconds: float,
-    log: metrics.MetricsLog | None,
-) -> dict[str, Any]:
-    return {
-        "config": config.as_dict(),
-        "trainer": trainer.state_dict(),
-        "history": history,
-        "seconds": seconds,
-        "event_files": [] if log is None else log.event_files,
-    }
-
-
-def _epoch(trainer: Trainer, folder: Path, stop_if_asked: Callable[[], None]) -> dict[str, Any]:
-    lr = trainer.lr
-    done = trainer.epoch
-    started = time.perf_counter()
-    try:
-        loss, accuracy, images = trainer.train_epoch(stop_if_asked)
-        train_seconds = time.perf_counter() - started
-        record: dict[str, Any] = {
-            "epoch": trainer.epoch,
-            "lr": lr,
-            "train_loss": loss,
-            "train_accuracy": accuracy,
-            "images_per_second": images / train_seconds,
-        }
-        if trainer.has_test:
-            record["test_loss"], record["test_accuracy"], _ = trainer.test(stop_if_asked)
-    except DivergedError as error:
-        raise DivergedError(
-            f"{error}; {folder / checkpoint.FILE_NAME} holds the run after epoch {done}; lower "
-            "learning rates may help"
-        ) from error
-    record["seconds"] = time.perf_counter() - started
-    norms = direction_norms(trainer.model, trainer.optimizer)
-    if len(norms):
-        record["filter_norms"] = metrics.quantiles(norms)
-        record["collapsed_filters"] = metrics.collapsed(norms)
-        if rejection_is_due(trainer.epoch, trainer.config.epochs):
-            record["rejection_db"] = trainer.rejection()
-    return record
-
-
-def _write_results(
-    folder: Path,
-    config: ResolvedConfig,
-    summary: dict[str, Any],
-    history: list[dict[str, Any]],
-    title: str,
-) -> None:
-    for name, plot in _PLOTS.items():
-        if name == "filters" and "filter_norms" not in history[0]:
-            continue
-        try:
-            plot(folder / f"{name}.{config.plot_format}", history, title=title)
-        except TrainingError:
-            raise
-        except Exception as error:  # a broken plotting library must not lose the run
-            reason = " ".join(str(error).split())
-            print(f"czm-train: warning: cannot draw {name}: {reason}", file=sys.stderr)
-    # Last, because a sweep takes it as the sign of a complete run.
+        plots.draw_run(folder, summary["plot_format"], result.history, title)
+    except OSError:
+        raise
+    except Exception as error:  # a broken plotting library must not lose the run
+        reason = " ".join(str(error).split())
+        print(f"czm-train: warning: cannot draw the plots: {reason}", file=sys.stderr)
+    # Last, because it is the sign of a complete run.
     with replacing(folder / SUMMARY) as file:
         file.write((json.dumps(summary, indent=2) + "\n").encode())
     part = "test" if "test_accuracy" in summary else "train"
     print(
         f"{title}: {summary[f'{part}_accuracy']:.2f} % {part} accuracy in the final epoch "
-        f"({history[-1]['epoch']}), {summary['seconds']:.0f} s; see {folder}",
+        f"({summary['epochs']}), {summary['seconds']:.0f} s; see {folder}",
         flush=True,
     )

@@ -21,7 +21,7 @@ def record(epoch, accuracy, **more):
 def write_run(folder, given, accuracies, more=({},)):
     """Write a run whose epochs had these test accuracies; `more` goes into their records."""
     values = {"depth": 8, "epochs": len(accuracies), **given, "out": str(folder)}
-    config = Config(**values).resolve()
+    config = Config(**values)
     more = list(more) * (len(accuracies) // len(more))
     records = [record(i, a, **m) for i, (a, m) in enumerate(zip(accuracies, more, strict=True), 1)]
     folder.mkdir(parents=True, exist_ok=True)

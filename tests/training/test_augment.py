@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.transforms import functional as tv
 
-from czm_fused.training.augment import Augmentation, Normalisation, crop
+from czm_fused.training.batches import Normalisation, augment, crop
 
 
 def images(count, channels=3, height=6, width=5):
@@ -26,7 +26,7 @@ def test_crop_equals_torchvision(padding):
 def test_augmentation_is_a_crop_and_a_flip_of_each_image_on_its_own():
     padding = 1
     pixels = images(400)
-    augmented = Augmentation(padding, True, torch.Generator().manual_seed(1))(pixels)
+    augmented = augment(pixels, padding, True, torch.Generator().manual_seed(1))
     assert augmented.dtype == torch.uint8
     seen = set()
     for image, result in zip(pixels, augmented, strict=True):
@@ -47,9 +47,9 @@ def test_augmentation_is_a_crop_and_a_flip_of_each_image_on_its_own():
 def test_augmentation_draws_from_its_generator_alone():
     pixels = images(50)
     state = torch.get_rng_state()
-    first = Augmentation(4, True, torch.Generator().manual_seed(3))(pixels)
-    again = Augmentation(4, True, torch.Generator().manual_seed(3))(pixels)
-    other = Augmentation(4, True, torch.Generator().manual_seed(4))(pixels)
+    first, again, other = (
+        augment(pixels, 4, True, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -57,7 +57,7 @@ def test_augmentation_draws_from_its_generator_alone():
 
 def test_augmentation_without_crop_and_flip_changes_nothing():
     pixels = images(5)
-    assert torch.equal(Augmentation(0, False, torch.Generator())(pixels), pixels)
+    assert torch.equal(augment(pixels, 0, False, torch.Generator()), pixels)
 
 
 def test_normalisation_gives_every_channel_zero_mean_and_unit_deviation():

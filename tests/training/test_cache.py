@@ -19,9 +19,9 @@ def decoded(monkeypatch):
 
 
 def test_second_start_decodes_nothing(image_tree, tmp_path, decoded):
-    first = data.image_folder(image_tree, cache_dir=tmp_path / "cache")
+    first = data.image_folder(image_tree, cache=tmp_path / "cache")
     decoded.clear()
-    second = data.image_folder(image_tree, cache_dir=tmp_path / "cache")
+    second = data.image_folder(image_tree, cache=tmp_path / "cache")
     assert decoded == []
     assert torch.equal(first.train.pixels, second.train.pixels)
     assert torch.equal(first.test.pixels, second.test.pixels)
@@ -41,26 +41,26 @@ def add(folder):
 
 @pytest.mark.parametrize("change", [touch, rename, add])
 def test_changed_folder_is_decoded_again(image_tree, tmp_path, decoded, change):
-    data.image_folder(image_tree, cache_dir=tmp_path / "cache")
+    data.image_folder(image_tree, cache=tmp_path / "cache")
     change(image_tree / "train" / "cat")
     decoded.clear()
-    found = data.image_folder(image_tree, cache_dir=tmp_path / "cache")
+    found = data.image_folder(image_tree, cache=tmp_path / "cache")
     assert decoded
     assert torch.equal(found.train.pixels, data.image_folder(image_tree).train.pixels)
     assert len(list((tmp_path / "cache").iterdir())) == 2  # the old files are gone
 
 
 def test_damaged_cache_is_replaced(image_tree, tmp_path):
-    expected = data.image_folder(image_tree, cache_dir=tmp_path / "cache")
+    expected = data.image_folder(image_tree, cache=tmp_path / "cache")
     for file in (tmp_path / "cache").iterdir():
         file.write_bytes(file.read_bytes()[:-10])
-    found = data.image_folder(image_tree, cache_dir=tmp_path / "cache")
+    found = data.image_folder(image_tree, cache=tmp_path / "cache")
     assert torch.equal(found.train.pixels, expected.train.pixels)
 
 
 def test_unusable_cache_folder_is_one_warning(image_tree, tmp_path, capsys):
     (tmp_path / "file").write_bytes(png(torch.zeros(2, 2).numpy()))
-    data.image_folder(image_tree, cache_dir=tmp_path / "file" / "cache")
+    data.image_folder(image_tree, cache=tmp_path / "file" / "cache")
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 2  # of train and of test
     assert all("--cache-dir" in line for line in warnings)

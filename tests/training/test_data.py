@@ -25,9 +25,8 @@ def test_digits_are_scikit_learns_first_half_and_second_half():
     assert np.array_equal(torch.cat([digits.train.labels, digits.test.labels]), bundle.target)
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_image_folder_decodes_what_torchvision_reads(image_tree, workers):
-    found = data.image_folder(image_tree, workers=workers)
+def test_image_folder_decodes_what_torchvision_reads(image_tree):
+    found = data.image_folder(image_tree)
     assert found.num_classes == 2
     for part, images in (("train", found.train), ("test", found.test)):
         expected = ImageFolder(str(image_tree / part))
@@ -58,8 +57,8 @@ def test_hold_out_parts_the_training_images():
 
 
 def test_load_holds_out_what_the_settings_say():
-    assert len(data.load(Config(hold_out=10).resolve()).test) == 10
-    assert len(data.load(Config().resolve()).test) == 899
+    assert len(data.load(Config(hold_out=10)).test) == 10
+    assert len(data.load(Config()).test) == 899
 
 
 def test_image_folder_makes_grey_images_rgb(image_tree):
@@ -111,7 +110,7 @@ BROKEN_TREES = [
 def test_image_folder_names_what_is_wrong(image_tree, damage, named):
     damage(image_tree)
     with pytest.raises(TrainingError) as caught:
-        data.image_folder(image_tree, workers=2)
+        data.image_folder(image_tree)
     assert all(word in str(caught.value) for word in named)
 
 
@@ -124,7 +123,7 @@ def test_image_folder_that_is_missing_or_empty(tmp_path):
 
 
 def test_cifar10_that_is_missing(tmp_path):
-    with pytest.raises(TrainingError, match="does not exist: use --download"):
+    with pytest.raises(TrainingError, match="no CIFAR-10 under .*: use --download"):
         data.cifar10(tmp_path / "nowhere", download=False)
     with pytest.raises(TrainingError, match="no CIFAR-10 under .*: use --download"):
         data.cifar10(tmp_path, download=False)

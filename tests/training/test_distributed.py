@@ -11,10 +11,10 @@ import torch
 from quick_runs import assert_same, read_metrics
 
 from czm_fused.training import Config, checkpoint, data
-from czm_fused.training.distributed import Ranks, is_launched
+from czm_fused.training.distributed import Ranks, joined
 from czm_fused.training.errors import TrainingError
 from czm_fused.training.run import check_options
-from czm_fused.training.trainer import reference_trainer
+from czm_fused.training.trainer import Trainer
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PROGRAM = Path(__file__).parent / "float64_training.py"
@@ -75,33 +75,37 @@ def test_shares_are_even_and_cover_the_batch(images, size):
 
 
 def test_batch_norm_in_several_processes_needs_gpus():
-    config = Config(**{"depth": 8, "method": "bn"}).resolve()
-    with pytest.raises(ValueError, match="--method bn in several processes needs --device cuda"):
-        reference_trainer(config, data.digits(), torch.device("cpu"), Ranks(0, 2))
+    config = Config(**{"depth": 8, "method": "bn"})
+    with pytest.raises(TrainingError, match="--method bn in several processes needs --device cuda"):
+        Trainer(config, data.digits(), torch.device("cpu"), Ranks(0, 2))
 
 
 def test_cuda_graph_is_refused_under_torchrun(monkeypatch):
     for name in TORCHRUN_VARIABLES:
         monkeypatch.setenv(name, "0")
     with pytest.raises(TrainingError, match="--cuda-graph is for a single process"):
-        check_options(Config(cuda_graph=True).resolve(), torch.device("cuda", 0))
+        check_options(Config(cuda_graph=True), torch.device("cuda", 0))
 
 
 def test_partial_launch_environment_is_refused(monkeypatch):
     for name in TORCHRUN_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    assert not is_launched()
+    with joined(torch.device("cpu")) as ranks:
+        assert ranks == Ranks(0, 1)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(TrainingError, match="RANK and WORLD_SIZE are set, but LOCAL_RANK"):
-        is_launched()
+    with (
+        pytest.raises(TrainingError, match="MASTER_ADDR expected.*start them with torchrun"),
+        joined(torch.device("cpu")),
+    ):
+        pass
 
 
 def test_ranks_draw_noise_of_their_own():
-    config = Config(depth=8).resolve()
+    config = Config(depth=8)
     drawn = []
     for ranks in (Ranks(), Ranks(0, 1), Ranks(1, 1)):
-        reference_trainer(config, data.digits(), torch.device("cpu"), ranks)
+        Trainer(config, data.digits(), torch.device("cpu"), ranks)
         drawn.append(torch.rand(3))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])

@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import pytest
 from logged_runs import write_run
+from matplotlib.figure import Figure
 
-from czm_fused.training import TrainingError, plots
+from czm_fused.training import TrainingError, figures, plots
 from czm_fused.training.__main__ import main
-from czm_fused.training.sweep import figures
-from czm_fused.training.sweep.rows import BATCHNORM, TABLE1
+from czm_fused.training.table1 import BATCHNORM, TABLE1
 
 CZMIG = TABLE1[0]
 
@@ -13,13 +15,13 @@ CZMIG = TABLE1[0]
 def drawn(monkeypatch):
     """Keep the figures that are drawn, by the name of their file."""
     kept = {}
-    real = figures.finish
+    real = Figure.savefig
 
-    def finish(figure, axes, epochs, path, columns=4):
-        real(figure, axes, epochs, path, columns)
-        kept[path.name] = figure
+    def savefig(figure, file, **options):
+        real(figure, file, **options)
+        kept[Path(file.name).name.split(".")[0]] = figure
 
-    monkeypatch.setattr(figures, "finish", finish)
+    monkeypatch.setattr(Figure, "savefig", savefig)
     return kept
 
 
@@ -34,14 +36,20 @@ def write_row(folder, row, *accuracies, more=({},)):
 
 
 def lines(axes):
-    return {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    return [list(line.get_ydata()) for line in axes.get_lines() if len(line.get_ydata())]
+
+
+def names(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_curves_are_means_and_bands_are_one_deviation(tmp_path, drawn):
     write_row(tmp_path, CZMIG, [10.0, 20.0], [20.0, 40.0])
     figures.draw(tmp_path, tmp_path / "out")
-    axes = drawn["figure1.png"].axes[1]
-    assert lines(axes) == {f"{CZMIG.title} (n = 2, band: sd)": [15.0, 30.0]}
+    axes = drawn["figure1"].axes[1]
+    assert lines(axes) == [[15.0, 30.0]]
+    assert names(drawn["figure1"]) == [f"{CZMIG.title} (n = 2)"]
+    assert "one standard deviation" in drawn["figure1"].legends[0].get_title().get_text()
     band = axes.collections[0].get_paths()[0].vertices
     heights = sorted(y for x, y in band if x == 2.0)
     assert (heights[0], heights[-1]) == pytest.approx((30 - 200**0.5, 30 + 200**0.5))
@@ -58,29 +66,31 @@ def test_rows_have_colours_of_their_own(tmp_path, drawn):
     for row in TABLE1:
         write_row(tmp_path, row, [10.0, 20.0], more=[{"rejection_db": {"stem": 1.0}}])
     figures.draw(tmp_path, tmp_path / "out")
-    colours = [line.get_color() for line in drawn["rejection.png"].axes[0].get_lines()]
+    of_rows = [line for line in drawn["rejection"].axes[0].get_lines() if len(line.get_ydata())]
+    colours = [line.get_color() for line in of_rows]
     assert len(set(colours)) == len(TABLE1)
 
 
 def test_axes_leave_out_the_climb_and_impossible_percentages(tmp_path, drawn):
     write_row(tmp_path, CZMIG, [1.0, 20.0, *[90.0] * 8], [10.0, 30.0, *[99.9] * 8])
     figures.draw(tmp_path, tmp_path / "out")
-    low, high = drawn["figure1.png"].axes[1].get_ylim()
+    low, high = drawn["figure1"].axes[1].get_ylim()
     assert low == pytest.approx(94.95 - 1)
     assert high <= 101
-    assert drawn["figure5.png"].axes[1].get_ylim()[0] >= 0
+    assert drawn["figure5"].axes[1].get_ylim()[0] >= 0
 
 
 def test_first_epochs_are_a_tenth(tmp_path, drawn):
     write_row(tmp_path, CZMIG, [float(epoch) for epoch in range(30)])
     figures.draw(tmp_path, tmp_path / "out")
-    assert lines(drawn["figure5.png"].axes[1]) == {f"{CZMIG.title} (n = 1)": [0.0, 1.0, 2.0]}
+    assert lines(drawn["figure5"].axes[1]) == [[0.0, 1.0, 2.0]]
+    assert drawn["figure5"].legends[0].get_title().get_text() == ""
 
 
 def test_one_epoch_has_one_tick(tmp_path, drawn):
     write_row(tmp_path, CZMIG, [10.0])
     figures.draw(tmp_path, tmp_path / "out")
-    axes = drawn["figure1.png"].axes[0]
+    axes = drawn["figure1"].axes[0]
     assert list(axes.get_xticks()) == [1]
     assert axes.get_xlim() == (0.5, 1.5)
 
@@ -88,10 +98,10 @@ def test_one_epoch_has_one_tick(tmp_path, drawn):
 def test_filters_without_a_log_of_the_collapsed_have_one_panel(tmp_path, drawn):
     write_row(tmp_path, CZMIG, [10.0, 20.0])
     figures.draw(tmp_path, tmp_path / "out")
-    assert len(drawn["filters.png"].axes) == 1
+    assert len(drawn["filters"].axes) == 1
     write_row(tmp_path, BATCHNORM, [10.0, 20.0], more=[{}, {"collapsed_filters": 0.25}])
     figures.draw(tmp_path, tmp_path / "out")
-    _, shares = drawn["filters.png"].axes
+    _, shares = drawn["filters"].axes
     assert [25.0] in [list(line.get_ydata()) for line in shares.get_lines()]
 
 
@@ -105,26 +115,16 @@ def test_layers_of_one_depth_share_a_place(tmp_path, drawn):
     figures.draw(tmp_path, tmp_path / "out")
     places = {
         line.get_color(): dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
-        for line in drawn["rejection.png"].axes[1].get_lines()
+        for line in drawn["rejection"].axes[1].get_lines()
     }
     assert places["black"] == {1: 2.0, 2: 3.0, 3: 4.0}
     assert (places["C0"][1], places["C0"][3]) == (1.0, 40.0)
 
 
-def test_legend_is_outside_the_panels(tmp_path):
-    path = tmp_path / "accuracy.png"
+def test_legend_is_outside_the_panels(tmp_path, drawn):
     history = [{"epoch": 1, "train_accuracy": 99.0, "test_accuracy": 98.0}]
-    figures_seen = []
-    real = plots.finish
-    try:
-        plots.finish = lambda figure, *rest, **more: (
-            figures_seen.append(figure),
-            real(figure, *rest, **more),
-        )
-        plots.plot_accuracy(path, history, title="t")
-    finally:
-        plots.finish = real
-    (figure,) = figures_seen
+    plots.draw_run(tmp_path, "png", history, "t")
+    figure = drawn["accuracy"]
     legend = figure.legends[0].get_window_extent()
     assert not any(legend.overlaps(axes.get_window_extent()) for axes in figure.axes)
 
@@ -140,11 +140,11 @@ def test_figures_of_real_runs_finished_and_not(tmp_path, train):
 
 
 def test_runs_that_differ_are_not_compared(tmp_path):
-    with pytest.raises(TrainingError, match="there is no folder"):
+    with pytest.raises(TrainingError, match="no run of a row of Table 1"):
         figures.draw(tmp_path / "nowhere", tmp_path)
     with pytest.raises(TrainingError, match="no run of a row of Table 1"):
         figures.draw(tmp_path, tmp_path)
     write_run(tmp_path / "a", {"method": "bn"}, [10.0])
     write_run(tmp_path / "b", {"method": "bn", "seed": 1, "batch_size": 7}, [10.0])
-    with pytest.raises(TrainingError, match="--batch-size was 50 and 7"):
+    with pytest.raises(TrainingError, match="--batch-size 50, not 7"):
         figures.draw(tmp_path, tmp_path / "out")

@@ -60,7 +60,7 @@ def test_flipped_bit_in_a_checkpoint_is_refused(tmp_path, place):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("model", 3), ("optimizer", []), ("scheduler", None), ("epoch", "x")]
+    ("name", "value"), [("model", 3), ("optimizer", []), ("epoch", "x")]
 )
 def test_checkpoint_of_wrong_types_is_one_line(train, tmp_path, name, value):
     assert train("--epochs", "1")[0] == 0
@@ -81,7 +81,7 @@ def test_sixteen_bit_images_are_scaled(image_tree):
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_images_without_a_range_are_refused(image_tree, dtype):
     Image.fromarray(np.zeros((5, 6), dtype)).save(image_tree / "train" / "cat" / "0.tif")
-    with pytest.raises(TrainingError, match="0.tif: .*no fixed range"):
+    with pytest.raises(TrainingError, match="0.tif .its pixels .mode [IF]. have no fixed range"):
         data.image_folder(image_tree)
 
 

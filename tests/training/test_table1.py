@@ -13,9 +13,9 @@ from quick_runs import assert_same, read_metrics, trained_state
 from scipy import stats
 
 from czm_fused.training import checkpoint
+from czm_fused.training import table1 as table1_module
 from czm_fused.training.__main__ import main
-from czm_fused.training.sweep import report
-from czm_fused.training.sweep.rows import BATCHNORM, TABLE1
+from czm_fused.training.table1 import BATCHNORM, TABLE1
 from czm_fused.training.trainer import Trainer
 
 BN, CZMIG, CZMI = "bn-lr0.1", "czmig-lr0.4-zmg0.85-noise0.1", "czmi-lr0.1-noise0"
@@ -35,16 +35,16 @@ def table1(tmp_path, capsys):
 
 
 def rows_of(folder):
-    return {row["row"]: row for row in json.loads((folder / "table1.json").read_text())["rows"]}
+    return {row["row"]: row for row in json.loads((folder / "table1.json").read_text())}
 
 
 def test_rows_are_the_papers():
     assert len({row.name for row in TABLE1}) == len(TABLE1) == 11
     for row in TABLE1:
-        config = row.config([])
+        config = row.config([]).checked()
         assert row.trained(config.as_dict())
         assert (config.dataset, config.depth) == ("cifar10", 110)
-        assert (config.epochs, config.milestones) == (200, (100, 150))
+        assert (config.epochs, config.rate_drops) == (200, (100, 150))
         assert (config.batch_size, config.momentum) == (128, 0.9)
         assert (config.crop_padding, config.flip) == (4, True)
         decay = (config.weight_decay, config.luma)
@@ -56,29 +56,48 @@ def test_options_of_a_method_go_to_the_rows_that_have_it():
     batchnorm, czmig = BATCHNORM.config(given), TABLE1[0].config(given)
     assert (batchnorm.head_lr, batchnorm.luma, batchnorm.weight_decay) == (None, 0.0, 1e-4)
     assert (czmig.head_lr, czmig.luma, czmig.weight_decay) == (0.4, 1e-3, 0.0)
-    assert (czmig.classifier_luma, batchnorm.epochs, czmig.epochs) == (1e-3, 7, 7)
+    assert czmig.as_dict()["classifier_luma"] == 1e-3
+    assert (batchnorm.epochs, czmig.epochs) == (7, 7)
+
+
+def test_options_in_a_file_go_to_all_rows(tmp_path):
+    (tmp_path / "options.yaml").write_text("epochs: 7\nchannels_last: true\nseeds: 2\n")
+    for row in (BATCHNORM, TABLE1[0]):
+        config = row.config(["--config", str(tmp_path / "options.yaml"), "--epochs", "9"])
+        assert (config.epochs, config.channels_last, config.seeds) == (9, True, 2)
+        assert (config.method, config.lr) == (row.method, row.lr)
 
 
 def test_statistics_are_scipys():
-    values = [93.1, 94.0, 93.6, 93.2]
-    found = report.summarise(values)
-    expected = stats.t.interval(0.95, 3, stats.tmean(values), stats.sem(values))
-    assert found["interval"] == pytest.approx(expected, rel=1e-12)
-    assert report.summarise([]) == {"n": 0, "mean": None, "sd": None, "interval": None}
-    assert report.summarise([5.0])["sd"] is None
-
-
-def test_paper_p_is_welchs(tmp_path):
+    values = {CZMIG: [93.1, 94.0, 93.6, 93.2], BN: [93.0, 92.9, 93.3], CZMI: [5.0]}
     study = optuna.create_study()
-    records = {record["row"]: record for record in report.measure(study)}
-    assert records[CZMIG]["paper"]["p"] == pytest.approx(0.14, abs=0.005)
-    assert records[BN]["paper"]["p"] is None
+    for row, of_row in values.items():
+        for seed, value in enumerate(of_row):
+            trial = optuna.create_trial(value=value, user_attrs={"row": row, "seed": seed})
+            study.add_trial(trial)
+    found = table1_module.measure(study)
+    sample = values[CZMIG]
+    expected = stats.t.interval(0.95, 3, stats.tmean(sample), stats.sem(sample))
+    assert tuple(found.loc[CZMIG, ["low", "high"]]) == pytest.approx(expected, rel=1e-12)
+    assert found["sd"][CZMIG] == pytest.approx(stats.tstd(sample), rel=1e-12)
+    welch = stats.ttest_ind(sample, values[BN], equal_var=False).pvalue
+    assert found["p"][CZMIG] == pytest.approx(welch, rel=1e-12)
+    assert math.isnan(found["p"][BN])
+    assert (found["n"][CZMI], found["mean"][CZMI]) == (1, 5.0)
+    assert math.isnan(found["sd"][CZMI]) and math.isnan(found["low"][CZMI])
+    assert found["n"].sum() == 8 and math.isnan(found["mean"]["czmi-lr0.2-noise0"])
+
+
+def test_paper_p_is_welchs():
+    found = table1_module.measure(optuna.create_study())["paper_p"]
+    assert found[CZMIG] == pytest.approx(0.14, abs=0.005)
+    assert math.isnan(found[BN])
 
 
 def test_table_drops_columns_where_the_terminal_is_narrow():
-    frame = report.table(report.measure(optuna.create_study()))
-    assert "paper's p" in report.to_markdown(frame)
-    narrow = report.to_markdown(frame, 79)
+    frame = table1_module.table(table1_module.measure(optuna.create_study()))
+    assert "paper's p" in table1_module.to_markdown(frame)
+    narrow = table1_module.to_markdown(frame, 79)
     assert all(len(line) <= 79 for line in narrow.splitlines())
     assert "test accuracy, %" in narrow
 
@@ -135,16 +154,16 @@ def test_diverged_run_is_counted_and_not_trained_again(table1, tmp_path, monkeyp
     trained = []
 
     def step(self, pixels, labels):
-        loss, outputs = whole_step(self, pixels, labels)
+        sums = whole_step(self, pixels, labels)
         trained.append(self.config.method)
-        return (loss * math.nan if self.config.method == "czmi" else loss), outputs
+        return sums * math.nan if self.config.method == "czmi" else sums
 
     monkeypatch.setattr(Trainer, "_train_step", step)
     status, out, _ = table1("--rows", CZMI, BN, "--seeds", 1)
     assert status == 0
     assert "diverged: the loss became nan in epoch 1/2" in out
     rows = rows_of(tmp_path / "sweep")
-    assert (rows[CZMI]["diverged_seeds"], rows[BN]["n"]) == ([0], 1)
+    assert (list(rows[CZMI]["diverged"]), rows[BN]["n"]) == (["0"], 1)
     trained.clear()
     assert table1("--rows", CZMI, BN, "--seeds", 1)[0] == 0
     assert trained == []
@@ -169,9 +188,10 @@ def test_damaged_run_does_not_stop_the_others(table1, tmp_path, monkeypatch):
     [
         (["--rows", "resnet"], ["--rows resnet", CZMIG]),
         (["--seeds", "0"], ["--seeds must be at least 1"]),
+        (["--heartbeat", "0"], ["--heartbeat must be at least 1"]),
         (["--seed", "1"], ["--seed is set by the study", "--seeds"]),
         (["--method", "plain"], ["--method is set by the study", "--rows"]),
-        (["--resume"], ["--resume is for a single run", "the same command"]),
+        (["--resume"], ["Unrecognized options: --resume", "czm-train table1 --help"]),
         (["--depth", "9"], ["--depth"]),
         (["--device", "abacus"], ["--device abacus", "not available"]),
         (["--dataset", "cifar10"], ["--dataset cifar10 needs --data-dir"]),
@@ -193,7 +213,7 @@ def test_study_of_another_protocol_or_version_is_refused(table1, tmp_path):
     study = optuna.load_study(
         study_name="table1", storage=f"sqlite:///{tmp_path / 'sweep' / 'table1.db'}"
     )
-    study.set_user_attr("protocol", {"format": 0})
+    study.set_user_attr("protocol", {"format": 0, "rows": {}})
     status, _, err = table1("--rows", BN, "--seeds", 1, "--epochs", 1)
     assert status == 2 and "another version" in err
 

@@ -5,14 +5,14 @@ import torch
 from quick_runs import assert_same
 
 from czm_fused.training import Config, data
-from czm_fused.training.metrics import collapsed
-from czm_fused.training.trainer import reference_trainer, rejection_is_due
+from czm_fused.training.metrics import collapsed, rejection_is_due
+from czm_fused.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("method", ["czmig", "bn"])
 def test_rejection_is_of_every_convolution_and_changes_nothing(method):
-    config = Config(depth=8, method=method).resolve()
-    trainer = reference_trainer(config, data.digits(), torch.device("cpu"))
+    config = Config(depth=8, method=method)
+    trainer = Trainer(config, data.digits(), torch.device("cpu"))
     before = copy.deepcopy(trainer.state_dict())
     found = trainer.rejection()
     assert_same(trainer.state_dict(), before)

@@ -2,9 +2,11 @@ import json
 import shlex
 
 import optuna
+from quick_runs import read_metrics
 
 from czm_fused.training.__main__ import main
-from czm_fused.training.cli import parse_options
+from czm_fused.training.cli import CommandLine, parse
+from czm_fused.training.trainer import Trainer
 
 OPTIONS = ["--depth", "8", "--epochs", "2", "--batch-size", "150", "--device", "cpu"]
 
@@ -19,7 +21,7 @@ def test_tune_prints_the_command_of_the_best_trial(tmp_path, capsys):
     assert set(best.params) == {"lr", "head_lr", "zmg", "gain", "noise"}
     words = shlex.split(out.splitlines()[-1])
     assert words[0] == "czm-train"
-    printed = parse_options(words[1:]).resolve()
+    printed = parse(CommandLine, words[1:])
     assert (printed.hold_out, printed.depth, printed.epochs) == (0, 8, 2)
     for name, value in best.params.items():
         assert getattr(printed, name) == float(f"{value:.3g}")
@@ -37,3 +39,48 @@ def test_tune_searches_only_options_that_the_method_has(tmp_path, capsys):
     assert main(["tune", "--folder", str(folder), *options, "--trials", "1"]) == 0
     study = optuna.load_study(study_name="tune", storage=f"sqlite:///{folder / 'tune.db'}")
     assert set(study.trials[0].params) == {"lr", "noise"}
+
+
+def test_trial_below_the_median_is_pruned(tmp_path, capsys, monkeypatch):
+    tests = Trainer.test
+    begun = []
+
+    def test(self):
+        loss, _, images = tests(self)
+        begun.append(self.epoch)
+        # The sixth trial, the first that may be pruned, is worse than all before it.
+        return loss, (10.0 if begun.count(1) == 6 else 50.0), images
+
+    monkeypatch.setattr(Trainer, "test", test)
+    folder = tmp_path / "tune"
+    assert main(["tune", "--folder", str(folder), *OPTIONS, "--trials", "6"]) == 0
+    out = capsys.readouterr().out
+    study = optuna.load_study(study_name="tune", storage=f"sqlite:///{folder / 'tune.db'}")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 5 + ["PRUNED"]
+    assert "pruned after epoch 1" in out and "best of 5 complete trials (6 begun)" in out
+    assert len(read_metrics(folder / "trial-5")) == 1
+    assert not (folder / "trial-5" / "summary.json").exists()
+
+
+def test_interrupted_trial_goes_on_in_its_folder(tmp_path, capsys, monkeypatch):
+    steps = iter(range(100))
+    whole_step = Trainer._train_step
+
+    def step(self, pixels, labels):
+        if next(steps) == 3:  # of two steps an epoch: in the second
+            raise KeyboardInterrupt
+        return whole_step(self, pixels, labels)
+
+    folder = tmp_path / "tune"
+    command = ["tune", "--folder", str(folder), *OPTIONS, "--trials", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", step)
+        assert main(command) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "trial 0:" in out and "epoch 2/2" in out and "epoch 1/2" not in out
+    study = optuna.load_study(study_name="tune", storage=f"sqlite:///{folder / 'tune.db'}")
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
+    assert study.trials[0].params == study.trials[1].params
+    assert {path.name for path in folder.iterdir()} == {"trial-0", "tune.db"}
