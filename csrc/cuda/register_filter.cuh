@@ -234,24 +234,30 @@ class RegisterFilter {
   template <class Element>
   __device__ __forceinline__ void arrange(Words (&to)[packs], const Element* from) {
     if (!from || is_direct(from)) return;
-    Element loaded[packs][kSize] = {};
     const int lane = opaque(lane_);
-#pragma unroll
-    for (int k = 0; k < packs; ++k) {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        const int i = single(k, j, lane);
-        if (i < filters_.numel) loaded[k][j] = *in_global(from + place_(i));
-      }
-    }
-    Element* const shared = use_shared<Element>(Use::by_warp);
     const Spread spread(*this);
+    Element* shared = nullptr;
+    // Half types take a register for each element that is under way, and large blocks have few to spare.
+    constexpr int round = sizeof(Element) == 2 || is_whole_warps ? 1 : packs;
 #pragma unroll
-    for (int k = 0; k < packs; ++k) {
+    for (int begin = 0; begin < packs; begin += round) {
+      Element loaded[round][kSize] = {};
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        const int i = single(k, j, lane);
-        if (i < filters_.numel) shared[spread(i)] = loaded[k][j];
+      for (int k = 0; k < round; ++k) {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          const int i = single(begin + k, j, lane);
+          if (i < filters_.numel) loaded[k][j] = *in_global(from + place_(i));
+        }
+      }
+      if (begin == 0) shared = use_shared<Element>(Use::by_warp);
+#pragma unroll
+      for (int k = 0; k < round; ++k) {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          const int i = single(begin + k, j, lane);
+          if (i < filters_.numel) shared[spread(i)] = loaded[k][j];
+        }
       }
     }
     __syncwarp();

@@ -32,9 +32,9 @@ template <class Stored, BlockSize block> struct BlockTraits {
   // Half types are computed in float.
   static constexpr bool kIsHalf = sizeof(Stored) == 2;
   static constexpr int kPacks = kIsHalf ? 3 : sizeof(Stored) == 8 ? 4 : 5;
-  using InRegisters = RegisterFilter<Stored, kPacks, kIsSmall && !kIsHalf, Contiguous, !kIsSmall>;
+  using InRegisters = RegisterFilter<Stored, kPacks, kIsSmall && sizeof(Stored) == 4, Contiguous, !kIsSmall>;
   // Of tiles, which leave fewer registers.
-  static constexpr int kPacksOfTiles = sizeof(Stored) == 4 ? 4 : kPacks - 2;
+  static constexpr int kPacksOfTiles = kIsHalf ? 1 : 2;
   using InTiles = RegisterFilter<Stored, kPacksOfTiles, false, TilePlace, true>;
   using T = opmath_type<Stored>;
   // A number for each weight that a block holds, and two for each warp.

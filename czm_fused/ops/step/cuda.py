@@ -311,6 +311,8 @@ def work_items(
     count = sum(map(len, dealt))
     idle = np.zeros(-count % warps, dtype=WORK_ITEM)
     idle["filter_numel"] = idle["taps"] = 1
+    # The path without barriers.
+    idle["flags"] = IN_PACKS
     return np.concatenate([*dealt, idle])
 
 
