@@ -34,6 +34,8 @@ def run_under(libraries, module, task):
         "ASAN_OPTIONS": ASAN_OPTIONS,
         "TSAN_OPTIONS": TSAN_OPTIONS,
         "OMP_NUM_THREADS": "1",
+        # Where this process has the package from.
+        "PYTHONPATH": os.pathsep.join(sys.path),
     }
     probe = [sys.executable, "-c", "pass"]
     if subprocess.run(probe, env=environment, capture_output=True).returncode != 0:
