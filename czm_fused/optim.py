@@ -318,7 +318,7 @@ class FusedCZMSGD(Optimizer):
         if converted is None or not converted.is_of(values):
             converted = self._converted = _Converted(self.param_groups, values, converted)
         plan, all_inputs = self._plan(params, grads, converted.switches)
-        plan.run(all_inputs, converted.hyperparameters, grad_scale, found_inf)
+        plan.run(all_inputs, grads, converted.hyperparameters, grad_scale, found_inf)
         if not all([inputs.is_complete for inputs in all_inputs]):
             params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
         torch.autograd.graph.increment_version(params)

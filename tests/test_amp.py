@@ -237,3 +237,20 @@ def test_remainders_go_with_the_option():
 def train_step(model, optimizer, seed):
     backward(model, seed)
     optimizer.step()
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fused_step_leaves_gradients_as_torch_does(transposed, overflows):
+    grads = []
+    for make in (FusedCZMSGD, torch.optim.SGD):
+        param = torch.nn.Parameter(torch.ones(3, 4))
+        grad = torch.arange(12.0).view(3, 4)
+        param.grad = grad.t().contiguous().t() if transposed else grad.clone()
+        optimizer = make([param], lr=0.1, momentum=0.9, fused=True)
+        optimizer.grad_scale = torch.tensor(4.0)
+        optimizer.found_inf = torch.tensor(float(overflows))
+        optimizer.step()
+        grads.append(param.grad)
+    assert torch.equal(*grads)
+    assert torch.equal(grads[0], torch.arange(12.0).view(3, 4) / (1.0 if overflows else 4.0))

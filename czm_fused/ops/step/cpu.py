@@ -19,6 +19,8 @@ class CpuStep:
         work: the units of work of the plan's descriptors.
     """
 
+    unscales_grads = False
+
     def __init__(self, work: int) -> None:
         native = native_module()
         assert native is not None

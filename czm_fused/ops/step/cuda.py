@@ -118,6 +118,8 @@ class CudaStep:
 
     block_threads: ClassVar[int] = 256
 
+    unscales_grads = True
+
     def __init__(self, tensors: Sequence[StepTensor | None], device: torch.device) -> None:
         # Tensors without filters are cut up here.
         self.descriptors, _ = build_descriptors(tensors, _MOST_FILTER_NUMEL)

@@ -29,7 +29,7 @@ _PLANS: list[tuple[tuple[object, ...], DevicePlan]] = []
 _MOST_PLANS = 16
 
 lib.define(
-    "step_(Tensor(a!)[] params, Tensor[] grads, "
+    "step_(Tensor(a!)[] params, Tensor(z!)[] grads, "
     + "".join(f"Tensor({chr(98 + n)}!)[] {state.name}s, " for n, state in enumerate(STATES))
     + "int[] flags, int[] group_indices, Tensor hyperparameters, str backend, "
     "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
@@ -71,22 +71,31 @@ def _step(
     for index in group_indices:
         if not 0 <= index < len(rows):
             raise ValueError(f"group index {index} is not one of the {len(rows)} hyperparameters")
-    states = states_of(lists, flags)
+    states = states_of(lists, flags, _owners(tuple(flags)))
     plan, inputs = _plan(params, grads, states, flags, group_indices, backend)
     plan.run(inputs, rows, grad_scale, found_inf)
     torch.autograd.graph.increment_version([*params, *itertools.chain(*lists)])
 
 
 def states_of(
-    lists: Sequence[list[Tensor]], all_flags: Sequence[int]
+    lists: Sequence[list[Tensor]],
+    all_flags: Sequence[int],
+    all_owners: list[list[int]] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Return the state of each parameter.
+
+    Args:
+        lists: as `state_lists` returns them.
+        all_flags: of the parameters.
+        all_owners: the numbers of the parameters that have each state, where they are known.
 
     Raises:
         ValueError: a list of another length than the flags ask for.
     """
     states: list[dict[str, Tensor]] = [{} for _ in all_flags]
-    for spec, tensors, owners in zip(STATES, lists, _owners(tuple(all_flags)), strict=True):
+    if all_owners is None:
+        all_owners = _find_owners(all_flags)
+    for spec, tensors, owners in zip(STATES, lists, all_owners, strict=True):
         name = spec.name
         _check_length(f"{name}s", tensors, len(owners))
         for owner, tensor in zip(owners, tensors, strict=True):
@@ -94,13 +103,14 @@ def states_of(
     return states
 
 
-@functools.lru_cache(maxsize=_MOST_PLANS)
-def _owners(all_flags: tuple[int, ...]) -> list[list[int]]:
-    """Return the numbers of the parameters that have each state."""
+def _find_owners(all_flags: Sequence[int]) -> list[list[int]]:
     return [
         [number for number, flags in enumerate(all_flags) if flags & bits == bits]
         for bits in (int(spec.flags) for spec in STATES)
     ]
+
+
+_owners = functools.lru_cache(maxsize=_MOST_PLANS)(_find_owners)
 
 
 def _plan(

@@ -39,6 +39,8 @@ _log = logging.getLogger("czm_fused")
 
 
 class _Runner(Protocol):
+    unscales_grads: bool  # by grad_scale, in place
+
     def __call__(
         self,
         inputs: StepInputs,
@@ -106,12 +108,16 @@ class DevicePlan:
             hyperparameters: of the groups that the tensors name.
             grad_scale: what the gradients are divided by, or None for 1.
             found_inf: nothing is updated where this is not 0.
+
+        The gradients are left divided by `grad_scale`, as torch's fused optimizers leave them.
         """
         if grad_scale is not None:
             grad_scale = grad_scale.to(self.device, torch.float32)
         if found_inf is not None:
             found_inf = found_inf.to(self.device, torch.float32)
         self._run(inputs, hyperparameters, grad_scale, found_inf)
+        if grad_scale is not None:
+            self._unscale(inputs, grad_scale, found_inf)
         if self._dampened:
             steps = [
                 inputs.states[index]["step"]  # type: ignore[index]
@@ -120,6 +126,17 @@ class DevicePlan:
             ]
             updated = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
             torch._foreach_add_(steps, updated)
+
+    def _unscale(
+        self, inputs: StepInputs, grad_scale: Tensor, found_inf: Tensor | None
+    ) -> None:
+        grads = [grad for grad in inputs.grads if grad is not None]
+        if self._run.unscales_grads:
+            torch.autograd.graph.increment_version(grads)
+            return
+        if found_inf is not None:
+            grad_scale = torch.where(found_inf == 0, grad_scale, 1.0)
+        torch._foreach_div_(grads, grad_scale)
 
     def _first_unplanned(
         self,
@@ -271,13 +288,18 @@ class StepPlan:
     def run(
         self,
         all_inputs: list[StepInputs],
+        grads: Sequence[Tensor | None],
         hyperparameters: Hyperparameters,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        """Update everything in place."""
-        for (_, plan), inputs in zip(self._parts, all_inputs, strict=True):
+        """Update everything in place, `grads` among it where they are to be unscaled."""
+        for (numbers, plan), inputs in zip(self._parts, all_inputs, strict=True):
             plan.run(inputs, hyperparameters, grad_scale, found_inf)
+            if grad_scale is not None and not self._is_sharded:
+                for number, grad in zip(numbers, inputs.grads, strict=True):
+                    if grad is not None and grad is not grads[number]:
+                        grads[number].copy_(grad)  # type: ignore[union-attr]
         if self._is_sharded:
             torch.autograd.graph.increment_version(
                 [

@@ -180,6 +180,8 @@ class ReferenceStep:
         tensors: the parameters as planned; None for those that are not stepped.
     """
 
+    unscales_grads = False
+
     def __init__(self, tensors: Sequence[StepTensor | None]) -> None:
         self._tensors = tensors
 

@@ -70,6 +70,8 @@ class TritonStep:
         ValueError: a tensor that is too large for the kernel.
     """
 
+    unscales_grads = False
+
     def __init__(self, tensors: Sequence[StepTensor | None], device: torch.device) -> None:
         self.descriptors, _ = build_descriptors(tensors, _BLOCK_NUMEL)
         self._device = device
