@@ -7,7 +7,7 @@ constexpr int kLogWarp = 5;
 constexpr int kWarp = 1 << kLogWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-constexpr int log2_of(int power_of_two) {
+__host__ __device__ constexpr int log2_of(int power_of_two) {
   return power_of_two == 1 ? 0 : 1 + log2_of(power_of_two / 2);
 }
 

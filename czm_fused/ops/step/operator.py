@@ -21,7 +21,7 @@ from czm_fused.ops.step.descriptors import (
     StepTensor,
     has_supported_strides,
 )
-from czm_fused.ops.step.plan import DevicePlan
+from czm_fused.ops.step.plan import DevicePlan, copy_back
 from czm_fused.ops.step.spec import HYPERPARAMETER_NAMES, STATES, StepFlag
 from czm_fused.ops.step.tensors import StepInputs, check_grads, has_state, problem_of_state
 
@@ -74,6 +74,8 @@ def _step(
     states = states_of(lists, flags, _owners(tuple(flags)))
     plan, inputs = _plan(params, grads, states, flags, group_indices, backend)
     plan.run(inputs, rows, grad_scale, found_inf)
+    if grad_scale is not None:
+        copy_back(inputs.grads, grads)
     torch.autograd.graph.increment_version([*params, *itertools.chain(*lists)])
 
 

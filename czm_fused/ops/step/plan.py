@@ -297,9 +297,7 @@ class StepPlan:
         for (numbers, plan), inputs in zip(self._parts, all_inputs, strict=True):
             plan.run(inputs, hyperparameters, grad_scale, found_inf)
             if grad_scale is not None and not self._is_sharded:
-                for number, grad in zip(numbers, inputs.grads, strict=True):
-                    if grad is not None and grad is not grads[number]:
-                        grads[number].copy_(grad)  # type: ignore[union-attr]
+                copy_back(inputs.grads, [grads[number] for number in numbers])
         if self._is_sharded:
             torch.autograd.graph.increment_version(
                 [
@@ -316,6 +314,13 @@ class StepPlan:
         if not self._is_sharded:
             return list(params), list(grads)
         return list(map(sharding.local, params)), sharding.local_grads(params, grads)
+
+
+def copy_back(used: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+    """Copy gradients to those that they are ordered copies of."""
+    for copy, grad in zip(used, grads, strict=True):
+        if grad is not None and copy is not None and copy is not grad:
+            grad.copy_(copy)
 
 
 def _local_state(state: ParamState | None) -> ParamState | None:
