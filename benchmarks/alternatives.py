@@ -253,7 +253,10 @@ class Comparison:
         model = build(self.network, provider, images.pixels, 0, self.options.width)
         if PROVIDERS[provider].compiled:
             eager = copy.deepcopy(model)
-            model.compile(dynamic=False)
+            # The limit of compilations counts those of earlier batches and networks.
+            torch.compiler.reset()
+            # `model.compile` would compile each unit of an nn.Sequential on its own.
+            model = torch.compile(model, dynamic=False)
             with torch.no_grad():
                 error = relative_error(model(images.pixels), eager(images.pixels))
             # Each of some 20 layers rounds by a few eps.
