@@ -333,7 +333,7 @@ def test_step_passes_opcheck(dtype, backend):
     ("index", "change", "message"),
     [
         (GRADS, lambda x: [x[0][:1]], r"gradient of parameter 0 .*shape"),
-        (GRADS, lambda x: [x[0].double()], r"gradient of parameter 0 is torch.float64"),
+        (GRADS, lambda x: [x[0].long()], r"gradient of parameter 0 is torch.int64"),
         (GRADS, lambda x: [x[0].to_sparse()], r"gradient of parameter 0 is torch.sparse_coo"),
         (MOMENTUM, lambda x: [x[0].double()], r"momentum_buffer of parameter 0 .*torch.float64"),
         (MOMENTUM, lambda x: [x[0][:1]], r"momentum_buffer of parameter 0"),
@@ -363,6 +363,16 @@ def test_what_does_not_fit_is_refused(index, change, message, backend):
         backend.step(arguments)
     for name, value in problem.outputs().items():
         assert torch.equal(value, problem.inputs[name])
+
+
+@on((CPU,))
+def test_gradient_of_another_dtype_is_refused_by_the_kernel(backend):
+    problem = Problem(Case((3, 4, 3, 3)))
+    arguments = list(step_arguments([problem], backend.backend))
+    arguments[GRADS] = [arguments[GRADS][0].double()]
+    with pytest.raises(RuntimeError, match="gradient of parameter 0 is torch.float64"):
+        backend.step(arguments)
+    assert torch.equal(problem.outputs()["param"], problem.inputs["param"])
 
 
 @on((CPU,))

@@ -69,9 +69,9 @@ LOADS_BEFORE_WEIGHT = {
 # The share of a CIFAR ResNet's blocks in which fewer than half of the threads load a weight.
 UNDER_HALF_FULL = {"cuda": 0.24, "triton": 0.1}
 
-# Barriers of one kernel that no case needs, at most. One of CUDA's comes before a store to where
-# each thread has loaded itself, in float32 but not in bfloat16; Triton's compiler places its own.
-UNNEEDED_BARRIERS = {"cuda": 1, "triton": 4}
+# Barriers that no case needs, at most, over all variants of a kernel. CUDA's come before a store to
+# where each thread has loaded itself; Triton's compiler places its own.
+UNNEEDED_BARRIERS = {"cuda": 4, "triton": 4}
 
 # Registers of the CUDA step, by the dtype of its tensors, on every architecture. With 128, two
 # blocks of 256 threads share a processor, or it has one of 512.

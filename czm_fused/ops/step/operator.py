@@ -21,7 +21,7 @@ from czm_fused.ops.step.descriptors import (
     StepTensor,
     has_supported_strides,
 )
-from czm_fused.ops.step.plan import DevicePlan, copy_back
+from czm_fused.ops.step.plan import DevicePlan, copy_back, split
 from czm_fused.ops.step.spec import HYPERPARAMETER_NAMES, STATES, StepFlag
 from czm_fused.ops.step.tensors import StepInputs, check_grads, has_state, problem_of_state
 
@@ -138,6 +138,7 @@ def _plan(
     ]
     _check_states(states, tensors, device)
     ordered = check_grads(params, grads)
+    split(params, ordered, tensors, chosen)  # refuses what the backend cannot step
     plan = DevicePlan(tensors, device, chosen)
     inputs = plan.read(params, ordered, states)  # type: ignore[arg-type]
     if isinstance(inputs, int):

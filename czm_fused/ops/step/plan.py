@@ -159,9 +159,11 @@ class DevicePlan:
                 planned = replace(tensor, dtype=grad.dtype)
             if problem_of_param(grad, planned, self.device, by_address=False) is not None:
                 return index
+            # State like a parameter with gaps is dense.
+            is_dense = has_supported_strides(tensor.shape, tensor.strides, tensor.flags)
             if any(
                 problem_of_state(
-                    (state or {}).get(spec.name), spec, tensor, self.device, by_address=False
+                    (state or {}).get(spec.name), spec, tensor, self.device, by_address=is_dense
                 )
                 for spec in STATES
                 if has_state(tensor, spec)
