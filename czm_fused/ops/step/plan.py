@@ -131,6 +131,8 @@ class DevicePlan:
         self, inputs: StepInputs, grad_scale: Tensor, found_inf: Tensor | None
     ) -> None:
         grads = [grad for grad in inputs.grads if grad is not None]
+        if not grads:
+            return
         if self._run.unscales_grads:
             torch.autograd.graph.increment_version(grads)
             return
