@@ -1,7 +1,6 @@
 """What Triton kernels and their launches have in common."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # mypy: disable-error-code="import-untyped"
 
 from __future__ import annotations

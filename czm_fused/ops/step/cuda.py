@@ -1,7 +1,7 @@
 """The step on CUDA devices: what each warp of the kernel in `csrc/cuda` has to do."""
 
 # torch is typed in part.
-# mypy: allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-calls, allow-untyped-decorators, no-warn-return-any
 
 from __future__ import annotations
 
