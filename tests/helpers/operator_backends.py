@@ -64,33 +64,28 @@ class OperatorBackend:
         return self.name
 
 
-class InterpretedOperators(OperatorBackend):
-    """The Triton kernels under Triton's interpreter, in another process."""
+class SimulatedTriton(OperatorBackend):
+    """The Triton kernels on the CPU, run by something that stands in for a GPU."""
 
     is_simulated = True
 
-    def __init__(self) -> None:
-        super().__init__("triton", "cpu", "triton-interpreted")
+    def __init__(self, name: str) -> None:
+        super().__init__("triton", "cpu", name)
 
     @functools.cached_property
     def obstacle(self) -> str | None:
         return triton_interpreter.obstacle()
+
+
+class InterpretedOperators(SimulatedTriton):
+    """The Triton kernels under Triton's interpreter, in another process."""
 
     def __call__(self, name: str, *arguments: Tensor | None) -> Any:
         return triton_interpreter.interpreter().call(f"{_triton_launcher(name)}:{name}", *arguments)
 
 
-class TritonPtxOperators(OperatorBackend):
+class TritonPtxOperators(SimulatedTriton):
     """The PTX of the Triton kernels, interpreted."""
-
-    is_simulated = True
-
-    def __init__(self) -> None:
-        super().__init__("triton", "cpu", "triton-ptx")
-
-    @functools.cached_property
-    def obstacle(self) -> str | None:
-        return triton_interpreter.obstacle()
 
     def __call__(self, name: str, *arguments: Tensor | None) -> Any:
         from ptx.recorder import Recorder
@@ -271,9 +266,9 @@ NATIVE_OPERATORS = (
     OperatorBackend("cuda", "cuda"),
 )
 HOST_OPERATORS = HostOperators()
-INTERPRETED_OPERATORS = InterpretedOperators()
+INTERPRETED_OPERATORS = InterpretedOperators("triton-interpreted")
 CUDA_PTX_OPERATORS = CudaPtxOperators()
-TRITON_PTX_OPERATORS = TritonPtxOperators()
+TRITON_PTX_OPERATORS = TritonPtxOperators("triton-ptx")
 OPERATORS = (
     *NATIVE_OPERATORS,
     HOST_OPERATORS,

@@ -41,12 +41,8 @@ def state_lists(
 ) -> tuple[list[Tensor], ...]:
     """Return the state of all tensors as the lists that `czm_fused::step_` takes."""
     return tuple(
-        [
-            state[spec.name]
-            for state, flags in zip(states, all_flags, strict=True)
-            if flags & spec.flags == spec.flags
-        ]
-        for spec in STATES
+        [states[owner][spec.name] for owner in owners]
+        for spec, owners in zip(STATES, _find_owners(all_flags), strict=True)
     )
 
 
@@ -106,6 +102,7 @@ def states_of(
 
 
 def _find_owners(all_flags: Sequence[int]) -> list[list[int]]:
+    """Return the numbers of the parameters that have each state."""
     return [
         [number for number, flags in enumerate(all_flags) if flags & bits == bits]
         for bits in (int(spec.flags) for spec in STATES)
