@@ -51,21 +51,18 @@ def _read(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 class Images:
-    """The images of one training: what it learns from, and what it is tested on.
+    """The images of one training: what it learns from, what settings are chosen on, the test.
 
     Args:
         path: as in `load`.
-        split: "held_out" tests on the last 5,000 training images, "test" on the test images.
     """
 
-    def __init__(self, path: Path, split: str) -> None:
+    def __init__(self, path: Path) -> None:
         data = load(path)
         count = len(data["train_labels"]) - HELD_OUT
         self.train = data["train_images"][:count], data["train_labels"][:count]
-        if split == "test":
-            self.test = data["test_images"], data["test_labels"]
-        else:
-            self.test = data["train_images"][count:], data["train_labels"][count:]
+        self.held_out = data["train_images"][count:], data["train_labels"][count:]
+        self.test = data["test_images"], data["test_labels"]
         pixels = self.train[0].transpose(0, 1).flatten(1).float()
         self.mean, self.std = (s.view(1, 3, 1, 1) for s in (pixels.mean(1), pixels.std(1)))
 

@@ -38,7 +38,6 @@ class Settings:
         gain, zero_mean, noise: of `convert`.
         target, branch, center: of `calibrate_`, without `gain`.
         seed: of the weights and of the order of images.
-        split: "held_out" or "test", the images of the accuracy.
     """
 
     network: str
@@ -58,7 +57,6 @@ class Settings:
     branch: float = BRANCH
     center: bool = True
     seed: int = 0
-    split: str = "held_out"
 
 
 def build(s: Settings, example: Tensor) -> nn.Module:
@@ -88,8 +86,8 @@ def spread(logits: Tensor) -> float:
 
 
 def train(s: Settings, data: Path) -> dict[str, Any]:
-    """Train, and return the row: settings, logits' spread at the start, loss, accuracy, seconds."""
-    images = Images(data, s.split)
+    """Train, and return the row: settings, logits' spread at the start, loss, accuracies, time."""
+    images = Images(data)
     started = time.perf_counter()
     example = images.inputs(images.train[0][:64])
     model = build(s, example)
@@ -125,17 +123,20 @@ def train(s: Settings, data: Path) -> dict[str, Any]:
         **asdict(s),
         "logits": logits,
         "loss": sum(tail) / len(tail),
-        "accuracy": round(100 * accuracy(model, images, use_autocast), 2),
+        "held_out": accuracy(model, images, images.held_out, use_autocast),
+        "test": accuracy(model, images, images.test, use_autocast),
         "steps_taken": len(losses),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
 
-def accuracy(model: nn.Module, images: Images, use_autocast: bool) -> float:
-    """Return the share of the test images of `images` that `model` classifies correctly."""
+def accuracy(
+    model: nn.Module, images: Images, part: tuple[Tensor, Tensor], use_autocast: bool
+) -> float:
+    """Return the percentage of the images of `part` that `model` classifies correctly."""
     model.eval()
     correct = 0
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=use_autocast):
-        for x, y in zip(*(part.split(500) for part in images.test), strict=True):
+        for x, y in zip(*(each.split(500) for each in part), strict=True):
             correct += int((model(images.inputs(x)).argmax(1) == y).sum())
-    return correct / len(images.test[1])
+    return round(100 * correct / len(part[1]), 2)
