@@ -117,6 +117,7 @@ def calibrate_(
     target: float = TARGET,
     branch: float = BRANCH,
     center: bool = True,
+    weigh_taps: bool = False,
     seed: int = 0,
 ) -> CalibrationReport:
     """Give the output of every convolution of `model` the same spread and the mean 0, in place.
@@ -132,7 +133,8 @@ def calibrate_(
 
     The last convolution of a residual branch, whose output is added to a shortcut, gets the spread
     `branch * target`, so that the shortcut carries the signal. Nothing else is changed: directions
-    of filters, linear layers, buffers, modes and the state of torch's generators stay.
+    of filters (but with `weigh_taps`), linear layers, buffers, modes and the state of torch's
+    generators stay.
 
     A convolution that runs several times, or shares its weight, is set at its first run. One that
     runs in training mode alone (an auxiliary head) is set in a pass of its own in that mode.
@@ -147,6 +149,11 @@ def calibrate_(
         target: the spread of the output of a convolution. Default 1.
         branch: the spread of a residual branch as a share of `target`. Default 0.5.
         center: whether biases are set; False leaves them. Default True.
+        weigh_taps: whether each tap of a filter is first multiplied by the share of its positions
+            at which it meets the input, not the padding. A 3x3 filter on a map of one position has
+            one tap that meets it: the others would only add to the norm that its direction learns
+            against. `convert` and `czm_init_` do this to filters that keep their means. Twice on
+            one model weighs twice. Default False.
         seed: of the noise. Default 0.
 
     Returns:
@@ -181,7 +188,7 @@ def calibrate_(
         _to_measuring_mode(model)
         output_before = _output_spread(_run(model, example_input))
         ends = branch_ends(model, convolutions, example_input)
-        calibration = _Calibration(convolutions, ends, target, branch, center)
+        calibration = _Calibration(convolutions, ends, target, branch, center, weigh_taps)
         with calibration.hooked():
             output_after = _output_spread(_run(model, example_input))
         if not calibration.layers:
@@ -216,12 +223,14 @@ class _Calibration:
         target: float,
         branch: float,
         center: bool,
+        weigh_taps: bool,
     ) -> None:
         self.convolutions = convolutions
         self.names = {convolution: name for name, convolution in convolutions.items()}
         self.targets = {name: target * (branch if name in ends else 1) for name in convolutions}
         self.ends = ends
         self.center = center
+        self.weigh_taps = weigh_taps
         self.layers: dict[str, LayerStart] = {}
         self.owners: dict[int, str] = {}
 
@@ -234,7 +243,7 @@ class _Calibration:
             for hook in hooks:
                 hook.remove()
 
-    def _set(self, convolution: Any, _: Any, output: Tensor) -> Tensor | None:
+    def _set(self, convolution: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         name = self.names[convolution]
         if name in self.layers:
             return None
@@ -256,11 +265,14 @@ class _Calibration:
         if why_not:
             self._record(name, before, before, why_not)
             return None
-        factor = self.targets[name] / before
-        if parametrize.is_parametrized(convolution, "weight"):
-            convolution.weight = convolution.weight * factor
-        else:
-            convolution.weight.mul_(factor)
+        spread = before
+        if self.weigh_taps:
+            coverage = tap_coverage(convolution, args[0].shape, output.shape)
+            _multiply_weight(convolution, coverage.to(convolution.weight))
+            output = convolution.forward(*args)
+            spread = _spread(output)
+        factor = self.targets[name] / spread
+        _multiply_weight(convolution, factor)
         self._record(name, before, self.targets[name], "branch" if name in self.ends else "")
         if convolution.bias is None:
             return output * factor
@@ -299,6 +311,36 @@ def _output_complaints(spread: float) -> Iterator[str]:
         yield f"the model starts exploded, its output with a spread of {spread:.1e}; {look}"
     elif math.isnan(spread):
         yield "the model's output holds no floating-point tensor, or NaN; its start is unknown"
+
+
+def tap_coverage(convolution: Convolution, inputs: torch.Size, outputs: torch.Size) -> Tensor:
+    """Return, for each tap, the share of the positions at which it meets the input, not padding.
+
+    Args:
+        convolution: with kernels of the shape of the result.
+        inputs: the shape of its input, with dimensions of space last.
+        outputs: the shape of its output.
+    """
+    coverage = torch.ones(())
+    dimensions = len(convolution.kernel_size)
+    for d, taps in enumerate(convolution.kernel_size):
+        share = torch.ones(taps)
+        if convolution.padding_mode == "zeros":
+            # torch keeps the last dimension first here, and what padding="same" stands for.
+            before = convolution._reversed_padding_repeated_twice[2 * (dimensions - 1 - d)]
+            size, positions = inputs[d - dimensions], outputs[d - dimensions]
+            starts = torch.arange(positions) * convolution.stride[d] - before
+            at = starts[:, None] + torch.arange(taps) * convolution.dilation[d]
+            share = ((at >= 0) & (at < size)).float().mean(dim=0)
+        coverage = coverage[..., None] * share
+    return coverage
+
+
+def _multiply_weight(convolution: Any, factor: Tensor | float) -> None:
+    if parametrize.is_parametrized(convolution, "weight"):
+        convolution.weight = convolution.weight * factor
+    else:
+        convolution.weight.mul_(factor)
 
 
 def _has_settable_weight(convolution: Any) -> bool:

@@ -147,8 +147,9 @@ def convert(
     by convolutions, with anything in between: a concatenation, a sum, an activation, pooling. It is
     replaced by `nn.Identity`, or by its activation; those convolutions gain a bias; and all
     convolutions of the model, transposed ones excepted, are initialised as by `czm_init_`, with
-    filters of any mean, and scaled by `czm_fused.calibration.calibrate_` so that the output of each
-    starts with the same spread. `nn.ReLU6` becomes `czm_fused.nn.ReLU6`, which keeps less for
+    filters of any mean whose taps count by how often they meet the input instead of the padding,
+    and scaled by `czm_fused.calibration.calibrate_` so that the output of each starts with the same
+    spread. `nn.ReLU6` becomes `czm_fused.nn.ReLU6`, which keeps less for
     backward. Everything else stays: a warning names every normalisation that does, and
     `plan_conversion` lists the reasons. The stem is marked, so that `czm_param_groups(model)` finds
     it. Make optimizers and averaged copies of the model afterwards, as parameters are added and
@@ -207,6 +208,8 @@ def convert(
             raise ValueError(
                 f"{name} must be None with from_pretrained, which keeps weights, but was {value}"
             )
+    if zero_mean is None:
+        zero_mean = gain is not None
     convolutions = named_convolutions(model)
     _warn_of_optimizers(model, plan)
     with undone_on_error(model, convolutions.values()):
@@ -215,11 +218,12 @@ def convert(
             czm_init_(
                 model,
                 gain=GAIN if gain is None else gain,
-                zero_mean=gain is not None if zero_mean is None else zero_mean,
+                zero_mean=zero_mean,
                 generator=generator,
             )
             if gain is None:
-                _logger.info("%s", calibrate_(model, example_input))
+                report = calibrate_(model, example_input, weigh_taps=not zero_mean)
+                _logger.info("%s", report)
     _logger.info("%s", plan)
     _warn_of_plan(plan)
     return model

@@ -159,7 +159,7 @@ def czm_init_(
         if example_input is not None:
             from czm_fused.calibration import calibrate_
 
-            calibrate_(module, example_input)
+            calibrate_(module, example_input, weigh_taps=not zero_mean)
     return module
 
 

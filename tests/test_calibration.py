@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from czm_fused import CZMBasicBlock, czm_init_, exp_scale
-from czm_fused.calibration import calibrate_
+from czm_fused.calibration import calibrate_, tap_coverage
 
 
 def _batch(*shape, seed=0, dtype=torch.float32):
@@ -376,3 +376,66 @@ def test_calibrate_without_example_input_says_why_noise_does_not_do():
         warnings.simplefilter("error")
         calibrate_(model, tokens)
     _check(model, tokens)
+
+
+@pytest.mark.parametrize(
+    "convolution, size",
+    [
+        (nn.Conv2d(2, 3, 3, padding=1), (1, 1)),
+        (nn.Conv2d(2, 3, 3, padding=1), (2, 5)),
+        (nn.Conv2d(2, 3, (3, 5), stride=2, padding=(1, 2)), (4, 3)),
+        (nn.Conv2d(2, 2, 3, padding="same", dilation=2, groups=2), (3, 4)),
+        (nn.Conv2d(2, 3, 4, padding="same"), (3, 3)),
+        (nn.Conv1d(2, 3, 5, padding=3), (2,)),
+        (nn.Conv3d(2, 3, 3, padding=1), (1, 2, 3)),
+        (nn.Conv2d(2, 3, 1), (2, 2)),
+        (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 2)),
+    ],
+    ids=str,
+)
+def test_tap_coverage_counts_where_a_tap_meets_the_input(convolution, size):
+    ones = torch.ones(1, 2, *size)
+    counted = torch.empty(convolution.kernel_size)
+    nn.init.zeros_(convolution.bias)
+    for tap in torch.cartesian_prod(*(torch.arange(k) for k in convolution.kernel_size)).view(
+        counted.numel(), -1
+    ):
+        with torch.no_grad():
+            convolution.weight.zero_()[(slice(None), slice(None), *tap)] = 1
+            met = convolution(ones)[0, 0] > 0
+        counted[tuple(tap)] = met.float().mean()
+    output = convolution(ones)
+    # Both are ratios of small integers; products of them round once or twice.
+    torch.testing.assert_close(
+        tap_coverage(convolution, ones.shape, output.shape), counted, rtol=4e-7, atol=0
+    )
+
+
+def test_a_measured_start_weighs_taps_by_their_coverage():
+    def network():
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 3, padding=1)
+        )
+
+    images = _batch(32, 3, 2, 2)
+    model = czm_init_(network(), example_input=images, generator=torch.Generator().manual_seed(0))
+    unweighted = czm_init_(
+        network(), gain=1.0, zero_mean=False, generator=torch.Generator().manual_seed(0)
+    )
+    _check(model, images)
+    for index, coverage in ((0, torch.tensor([0.5, 1.0, 0.5])), (3, torch.tensor([0.0, 1.0, 0.0]))):
+        expected = unweighted[index].weight * coverage[:, None] * coverage
+        factor = model[index].weight.norm() / expected.norm()
+        # Three products and a norm: below 16 eps.
+        torch.testing.assert_close(model[index].weight, factor * expected, rtol=2e-6, atol=1e-7)
+
+    before = copy.deepcopy(model)
+    calibrate_(model, images)
+    torch.testing.assert_close(model.state_dict(), before.state_dict(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_measured_start_with_zero_mean_keeps_it():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3, padding=1))
+    czm_init_(model, example_input=_batch(32, 3, 2, 2), zero_mean=True)
+    # 9 taps of a norm of some units.
+    assert model[2].weight.mean(dim=(2, 3)).abs().max() < 1e-6
