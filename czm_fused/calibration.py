@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from czm_fused._internal.residual import branch_ends
 from czm_fused._internal.text import format_table, shorten
 from czm_fused.example import preserved, run_example
-from czm_fused.init import Convolution, named_convolutions
+from czm_fused.init import Convolution, is_depthwise, named_convolutions
 
 TARGET = 1.0
 """The spread that the output of a convolution starts with."""
@@ -152,8 +152,8 @@ def calibrate_(
         weigh_taps: whether each tap of a filter is first multiplied by the share of its positions
             at which it meets the input, not the padding. A 3x3 filter on a map of one position has
             one tap that meets it: the others would only add to the norm that its direction learns
-            against. `convert` and `czm_init_` do this to filters that keep their means. Twice on
-            one model weighs twice. Default False.
+            against. Depthwise filters, which did not gain, are left. `convert` and `czm_init_` do
+            this to filters that keep their means. Twice on one model weighs twice. Default False.
         seed: of the noise. Default 0.
 
     Returns:
@@ -266,7 +266,7 @@ class _Calibration:
             self._record(name, before, before, why_not)
             return None
         spread = before
-        if self.weigh_taps:
+        if self.weigh_taps and not is_depthwise(convolution):
             coverage = tap_coverage(convolution, args[0].shape, output.shape)
             _multiply_weight(convolution, coverage.to(convolution.weight))
             output = convolution.forward(*args)

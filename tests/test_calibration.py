@@ -433,6 +433,11 @@ def test_a_measured_start_weighs_taps_by_their_coverage():
     calibrate_(model, images)
     torch.testing.assert_close(model.state_dict(), before.state_dict(), rtol=1e-5, atol=1e-5)
 
+    for groups, unmet in ((1, 3 * 3 * 8), (3, 0)):
+        convolution = nn.Conv2d(3, 3, 3, padding=1, groups=groups)
+        czm_init_(convolution, example_input=images[..., :1, :1])
+        assert (convolution.weight == 0).sum() == unmet
+
 
 def test_a_measured_start_with_zero_mean_keeps_it():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3, padding=1))
