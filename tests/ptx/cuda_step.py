@@ -56,7 +56,7 @@ class PtxCudaStep(StepMemory, CudaStep):
         # StepArguments of csrc/cuda/work_item.h.
         head = np.array([table.data_ptr(), grad_scale, found_inf, len(launch.groups)])
         size = SIZES[launch.dtype]
-        threads = self.block_threads * (2 if launch.has_large_blocks else 1)
+        threads = self.block_threads
         self.recorder.launch(
             kernel,
             [(head.tobytes() + words).ljust(kernel.param_bytes, b"\0")],
@@ -64,7 +64,8 @@ class PtxCudaStep(StepMemory, CudaStep):
             threads,
             launch.blocks,
             # A number for each weight that a block holds, and two for each warp.
-            (threads * size.weights + 2 * threads // 32) * size.compute_itemsize,
+            (threads * size.held(launch.has_large_blocks) + 2 * threads // 32)
+            * size.compute_itemsize,
         )
 
     def _is_capturing(self) -> bool:
