@@ -251,8 +251,7 @@ class RegisterFilter {
   __device__ __forceinline__ void arrange(Words (&to)[packs], const Element* from, int begin) {
     if (!from || is_direct(from)) return;
     const int lane = opaque(lane_);
-    const int left = filters_.numel - begin_of_warp();
-    from += begin_of_warp();
+    const int run_begin = begin_of_warp();
     const Spread spread(*this);
     Element loaded[round][kSize] = {};
 #pragma unroll
@@ -260,7 +259,7 @@ class RegisterFilter {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const int i = single(begin + k, j, lane);
-        if (i < left) loaded[k][j] = *in_global(from + place_(i));
+        if (run_begin + i < filters_.numel) loaded[k][j] = *in_global(from + place_(run_begin + i));
       }
     }
     Element* const run = use_run<Element>();
@@ -269,7 +268,7 @@ class RegisterFilter {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const int i = single(begin + k, j, lane);
-        if (i < left) run[spread(i)] = loaded[k][j];
+        if (run_begin + i < filters_.numel) run[spread(i)] = loaded[k][j];
       }
     }
     __syncwarp();
@@ -303,14 +302,15 @@ class RegisterFilter {
       if (first(k) < numel_) store_pack(run + in_run(k), pack_at(k));
     }
     __syncwarp();
-    const int left = filters_.numel - begin_of_warp();
-    to += begin_of_warp();
+    const int run_begin = begin_of_warp();
 #pragma unroll
     for (int k = begin; k < begin + kRound; ++k) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const int i = single(k, j, lane);
-        if (i < left && writes) *in_global(to + place_(i)) = run[spread(i)];
+        if (run_begin + i < filters_.numel && writes) {
+          *in_global(to + place_(run_begin + i)) = run[spread(i)];
+        }
       }
     }
   }

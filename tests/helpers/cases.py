@@ -233,9 +233,9 @@ GROUP_CASES = [
 ]  # fmt: skip
 
 # Each way through the CUDA kernel with blocks of 256 threads: a group of 32, 64, 128 or 256 threads
-# a filter, in small and in large blocks; through shared memory (in a dtype that is stored there otherwise than its sums, and with
-# the spatial mean alone, so that no other barrier comes to help); in tiles; channel by channel;
-# blocks of a plain tensor, the last of them shorter.
+# a filter, in small and in large blocks; through shared memory (in a dtype that is stored there
+# otherwise than its sums, and with the spatial mean alone, so that no other barrier comes to help);
+# in tiles; channel by channel; blocks of a plain tensor, the last of them shorter.
 MEAN = Options(luma=0.0, exp_scale=False)
 PATH_CASES = {
     "32": Case((9, 32, 3, 3)),
@@ -251,7 +251,7 @@ PATH_CASES = {
     "staged large 256": Case((1, 1201, 3, 3), options=MEAN),
     "staged large 256, half": Case((1, 1201, 3, 3), torch.bfloat16, options=MEAN),
     "tiles": Case((1, 2300, 3, 3), layout="channels_last"),
-    "tiles of single weights": Case((1, 2301, 3, 3)),
+    "tiles of single weights": Case((1, 2301, 3, 3), layout="channels_last"),
     "long channels": Case((1, 4, 5121)),
     "plain": Case((5121,), options=PLAIN),
 }

@@ -89,6 +89,7 @@ UNDER_HALF_FULL = {"cuda": 0.24, "triton": 0.1}
 # where each thread has loaded itself; Triton's compiler places its own.
 UNNEEDED_BARRIERS = {"cuda": 4, "triton": 4}
 
-# Registers of the CUDA step, by the size of its blocks (0 small, 1 large), of every dtype and on every
-# architecture. With 128, two blocks of 256 threads share a multiprocessor; a large block has it alone.
+# Registers of the CUDA step, by the size of its blocks (0 small, 1 large), of every dtype and on
+# every architecture. With 128, two blocks of 256 threads share a multiprocessor; a large block has
+# one to itself.
 REGISTERS = {0: 128, 1: 255}
