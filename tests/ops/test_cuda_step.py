@@ -24,8 +24,8 @@ class StubbedStep(cuda.CudaStep):
 
     is_capturing = False
 
-    def _run(self, launch, table, grads, *arguments):
-        self.launched.append((launch, table, np.frombuffer(grads, dtype=np.int64)))
+    def _run(self, launch, arguments):
+        self.launched.append((launch, np.frombuffer(arguments.grads, dtype=np.int64)))
 
     def _is_capturing(self):
         return self.is_capturing
@@ -123,6 +123,25 @@ def test_launches_in_a_capture_have_small_arguments():
     assert len(words) == 2 and max(words) <= cuda.FEW_WORDS
     found = np.concatenate([grads for *_, grads in step.launched])
     assert sorted(found) == sorted(grad.data_ptr() for grad in inputs.grads)
+
+
+def test_launches_have_small_arguments_where_the_driver_takes_no_others(monkeypatch):
+    monkeypatch.setattr(StubbedStep, "_most_words", lambda self: cuda.FEW_WORDS)
+    assert len(launches([torch.zeros(3) for _ in range(600)])) == 2
+
+
+def test_the_device_of_the_plan_is_asked_not_the_current_one(monkeypatch):
+    asked = []
+
+    class Native:
+        def stream_of(self, device):
+            asked.append(device)
+            return 0, True
+
+    monkeypatch.setattr(cuda, "_native", Native)
+    step = cuda.CudaStep([], torch.device("cuda", 3))
+    assert step._is_capturing()
+    assert asked == [3]
 
 
 def test_state_of_a_captured_step_is_kept(monkeypatch):

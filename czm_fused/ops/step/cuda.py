@@ -102,6 +102,22 @@ class Launch:
         self.items, self.words = items, items.view(np.int64)
 
 
+class LaunchArguments(NamedTuple):
+    """What a launch is given, as csrc/cuda/step.h has it; 0 for the address of nothing."""
+
+    dtype: int
+    has_large_blocks: bool
+    items: int
+    blocks: int
+    grads: bytes
+    tensors: int
+    hyperparameters: bytes
+    hyperparameter_addresses: bytes
+    groups: int
+    grad_scale: int
+    found_inf: int
+
+
 class CudaStep:
     """Runs the CUDA kernel over all tensors of a plan: a launch for each dtype.
 
@@ -161,12 +177,19 @@ class CudaStep:
             values, addresses = hyperparameters.values, hyperparameters.addresses
             self._run(
                 launch,
-                launch.table.send(launch.words),
-                grads if is_whole else _select(grads, launch.tensors),
-                values[launch.groups].tobytes() if some_groups else hyperparameters.value_bytes,
-                (addresses[launch.groups] if some_groups else addresses).tobytes(),
-                0 if grad_scale is None else grad_scale.data_ptr(),
-                0 if found_inf is None else found_inf.data_ptr(),
+                LaunchArguments(
+                    launch.dtype,
+                    launch.has_large_blocks,
+                    launch.table.send(launch.words).data_ptr(),
+                    launch.blocks,
+                    grads if is_whole else _select(grads, launch.tensors),
+                    len(launch.tensors),
+                    values[launch.groups].tobytes() if some_groups else hyperparameters.value_bytes,
+                    (addresses[launch.groups] if some_groups else addresses).tobytes(),
+                    len(launch.groups),
+                    0 if grad_scale is None else grad_scale.data_ptr(),
+                    0 if found_inf is None else found_inf.data_ptr(),
+                ),
             )
 
     def _launches_at(self, inputs: StepInputs, most_words: int) -> list[Launch]:
@@ -206,30 +229,8 @@ class CudaStep:
             DeviceTable(items.nbytes // 8, self._device),
         )
 
-    def _run(
-        self,
-        launch: Launch,
-        table: Tensor,
-        grads: bytes,
-        hyperparameters: bytes,
-        hyperparameter_addresses: bytes,
-        grad_scale: int,
-        found_inf: int,
-    ) -> None:
-        _native().launch_step(
-            self._device.index,
-            launch.dtype,
-            launch.has_large_blocks,
-            table.data_ptr(),
-            launch.blocks,
-            grads,
-            len(launch.tensors),
-            hyperparameters,
-            hyperparameter_addresses,
-            len(launch.groups),
-            grad_scale,
-            found_inf,
-        )
+    def _run(self, launch: Launch, arguments: LaunchArguments) -> None:
+        _native().launch_step(self._device.index, *arguments)
 
     def _is_capturing(self) -> bool:
         is_capturing: bool = _native().stream_of(self._device.index)[1]
