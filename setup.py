@@ -79,14 +79,16 @@ found = look_around()
 unbuilt = {module: reason for module, reason in plan.obstacles(found).items() if reason}
 extensions = []
 base_build_ext = build_ext
-ARCHITECTURES = ""
+MACROS: dict[str, list[str]] = {"cpu": [], "cuda": []}
 
 if "cuda" not in unbuilt:
     # torch's build helper reads CUDA_HOME when it is imported, and looks for a GPU where no
     # architecture is named.
     os.environ["CUDA_HOME"] = str(found.cuda_home)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", plan.default_architectures(found.nvcc))
-    ARCHITECTURES = plan.architecture_list(os.environ["TORCH_CUDA_ARCH_LIST"])
+    architectures = plan.architecture_list(os.environ["TORCH_CUDA_ARCH_LIST"])
+    # For csrc/cuda/module.cpp. nvcc would take what follows the comma for another macro.
+    MACROS["cuda"] = [f"-DCZM_CUDA_ARCHITECTURES={architectures}"]
 
 if "cpu" not in unbuilt:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
@@ -97,8 +99,7 @@ if "cpu" not in unbuilt:
             f"czm_fused._C_{module}",
             SOURCES[module],
             include_dirs=[str(ROOT / "csrc")],
-            define_macros=[("CZM_CUDA_ARCHITECTURES", ARCHITECTURES)] if module == "cuda" else [],
-            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+            extra_compile_args={"cxx": CXX_FLAGS + MACROS[module], "nvcc": NVCC_FLAGS},
             extra_link_args=["-O3", *plan.STRICT_MATH],
             py_limited_api=LIMITED_API,
         )

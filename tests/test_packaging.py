@@ -119,6 +119,25 @@ def test_default_architectures_are_known_to_nvcc():
     assert plan.default_architectures("12.6") == "8.0;9.0+PTX"
 
 
+def test_no_flag_of_nvcc_has_a_comma():
+    """Where it has one, nvcc takes what follows for another flag."""
+    code = (
+        "import os, runpy, setuptools\n"
+        "os.environ['CZM_FUSED_BUILD'] = 'cuda'\n"
+        "def setup(ext_modules, **options):\n"
+        "    for each in ext_modules:\n"
+        "        macros = [f'-D{name}={value}' for name, value in each.define_macros]\n"
+        "        print(each.name, *each.extra_compile_args['nvcc'], *macros)\n"
+        "setuptools.setup = setup\n"
+        "runpy.run_path('setup.py')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    if "_C_cuda" not in run.stdout:
+        pytest.skip("the CUDA module cannot be built here")
+    assert "," not in run.stdout
+
+
 def test_report_has_a_line_for_each_module():
     text = plan.report(COMPLETE, {"cuda": "the build failed"}, "9.0")
     assert text.splitlines() == [

@@ -68,6 +68,18 @@ __device__ __forceinline__ void store_shared(T* to, const Pack<T, size>& pack) {
   }
 }
 
+template <int size, class T> __device__ __forceinline__ Pack<T, size> load_shared(const T* from) {
+  constexpr int width = size < kWidest<T> ? size : kWidest<T>;
+  Pack<T, size> pack;
+#pragma unroll
+  for (int j = 0; j < size; j += width) {
+    const Pack<T, width> part = load_pack<width>(from + j);
+#pragma unroll
+    for (int i = 0; i < width; ++i) pack.values[j + i] = part.values[i];
+  }
+  return pack;
+}
+
 template <class Stored, int size>
 __device__ __forceinline__ void add_products(opmath_type<Stored> (&sums)[2],
                                              const Pack<opmath_type<Stored>, size>& weight,

@@ -34,8 +34,8 @@ struct Contiguous {
 };
 
 // `packs` is how many packs of each a thread holds. The momentum is asked for with W and dW if `asks_early`,
-// else when the sums over the filter are known. `is_whole_warps` is true if no thread group is smaller than
-// a warp.
+// else when the gradients of V have left their registers. `is_whole_warps` is true if no thread group is
+// smaller than a warp.
 template <class Stored, int packs, bool asks_early, class Place, bool is_whole_warps>
 class RegisterFilter {
  public:
@@ -44,19 +44,17 @@ class RegisterFilter {
   // The weights that a thread holds.
   static constexpr int kWeights = packs * kWidest<Stored>;
 
-  // `shared` has a number for each weight that the thread group, or its warp if that is larger, holds.
-  // `is_shared_used` is true if other threads of the thread group may be reading it.
+  // `shared` has a number for each weight that the thread group, or its warp if that is larger, holds. Each
+  // warp uses its own part, but for the sums over taps.
   __device__ __forceinline__ RegisterFilter(const Filters<Stored>& filters, T* shared,
-                                            const ThreadGroup& threads, const Place& place,
-                                            bool is_shared_used = false)
+                                            const ThreadGroup& threads, const Place& place)
       : filters_(filters),
         shared_(shared),
         threads_(threads),
         place_(place),
         lane_(int(threadIdx.x) & (kWarp - 1)),
-        begin_(threads.number_in_warp() * filters.filter_numel),
-        numel_(min(filters.numel - begin_, filters.filter_numel)),
-        last_use_(is_shared_used ? Use::by_group : Use::none) {
+        begin_(is_whole_warps ? 0 : threads.number_in_warp() * filters.filter_numel),
+        numel_(min(filters.numel - begin_, filters.filter_numel)) {
     load(param_, filters_.weight);
     load(grad_, filters_.grad);
     if constexpr (sizeof(Stored) == 2) load(remainder_, filters_.remainder);
@@ -67,14 +65,14 @@ class RegisterFilter {
 
   // Loads what could not be asked for before.
   __device__ __forceinline__ void arrange() {
-    arrange(param_, filters_.weight);
-    arrange(grad_, filters_.grad);
-    if constexpr (asks_early) arrange(momentum_, filters_.momentum);
+    arrange_all(param_, filters_.weight);
+    arrange_all(grad_, filters_.grad);
+    if constexpr (asks_early) arrange_all(momentum_, filters_.momentum);
 #pragma unroll
     for (int k = 0; k < packs; ++k) weight_[k] = to_opmath(pack_of<Stored>(param_[k]));
     if constexpr (sizeof(Stored) == 2) {
       if (filters_.remainder) {
-        arrange(remainder_, filters_.remainder);
+        arrange_all(remainder_, filters_.remainder);
 #pragma unroll
         for (int k = 0; k < packs; ++k) add_remainders(weight_[k], pack_of<int16_t>(remainder_[k]));
       }
@@ -88,41 +86,48 @@ class RegisterFilter {
 
   // Writes the gradients times `inverse_scale`, as torch's fused optimizers leave them for GradScaler.
   __device__ __forceinline__ void unscale_grad(T inverse_scale, bool writes) {
-    store(filters_.grad, writes,
-                 [&](int k) { return scaled(inverse_scale, pack_of<Stored>(grad_[k])); });
+#pragma unroll
+    for (int k = 0; k < packs; k += kRound) {
+      store(filters_.grad, k, writes,
+            [&](int k) { return scaled(inverse_scale, pack_of<Stored>(grad_[k])); });
+    }
   }
 
   // Takes `removed` from every gradient, beside what CZMG removes. Nothing changes unless `writes`.
   __device__ __forceinline__ void update(const FilterRule<T>& rule, T removed, bool writes) {
-    if constexpr (!asks_early) load(momentum_, filters_.momentum);
-    Pack<T, kSize> direction[packs];
+    const T* const directions = to_directions(rule);
 #pragma unroll
-    for (int k = 0; k < packs; ++k) {
-      direction[k] = direction_grads(rule, pack_of<Stored>(grad_[k]), weight_[k]);
-    }
-    if (filters_.taps > 1) {
-      remove_means(rule.mean, direction);
-    } else {
+    for (int begin = 0; begin < packs; begin += kRound) {
+      Pack<T, kSize> direction[kRound];
 #pragma unroll
-      for (int k = 0; k < packs; ++k) subtract(direction[k], [&](int) { return removed; });
-    }
-    if constexpr (!asks_early) arrange(momentum_, filters_.momentum);
+      for (int k = 0; k < kRound; ++k) {
+        direction[k] = {};
+        if (first(begin + k) < numel_) direction[k] = load_shared<kSize>(directions + in_run(begin + k));
+      }
+      if constexpr (!asks_early) arrange<kRound>(momentum_, filters_.momentum, begin);
 #pragma unroll
-    for (int k = 0; k < packs; ++k) {
-      auto momentum = pack_of<Stored>(momentum_[k]);
-      update_pack(rule, weight_[k], direction[k], momentum);
-      momentum_[k] = words_of(momentum);
+      for (int k = 0; k < kRound; ++k) {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) direction[k].values[j] -= removed;
+        auto momentum = pack_of<Stored>(momentum_[begin + k]);
+        update_pack(rule, weight_[begin + k], direction[k], momentum);
+        momentum_[begin + k] = words_of(momentum);
+      }
+      if (filters_.momentum) {
+        store(filters_.momentum, begin, writes, [&](int k) { return pack_of<Stored>(momentum_[k]); });
+      }
+      store_weight(begin, writes);
     }
-    if (filters_.momentum) {
-      store(filters_.momentum, writes, [&](int k) { return pack_of<Stored>(momentum_[k]); });
-    }
-    store_weight(writes);
   }
-
-  __device__ __forceinline__ bool is_shared_used() const { return last_use_ != Use::none; }
 
  private:
   static constexpr int kSize = kWidest<Stored>;
+  // The packs that are updated, or moved through shared memory, at a time. Only whole warps have the same
+  // elements of a pack in its place and in registers.
+  static constexpr int kRound = !is_whole_warps ? packs : kSize == 8 ? 1 : 2;
+  // The same before there are gradients of V, which leaves more registers to loads of single elements.
+  static constexpr int kLoadRound = is_whole_warps && packs > 4 * kRound ? 5 * kRound / 2 : kRound;
+  static_assert(packs % kRound == 0 && packs % kLoadRound == 0);
 
   // A pack in four registers, whatever its elements.
   struct alignas(kWidestPackBytes) Words {
@@ -152,11 +157,14 @@ class RegisterFilter {
     }
   }
 
-  enum class Use { none, by_warp, by_group };
-
   // Each warp has a run of elements of its own, `kWeights` for each lane.
   __device__ __forceinline__ int begin_of_warp() const {
-    return threads_.size > kWarp ? (threads_.rank - lane_) * kWeights : 0;
+    return is_whole_warps || threads_.size > kWarp ? (threads_.rank - lane_) * kWeights : 0;
+  }
+
+  // The warp's part of shared memory.
+  template <class Element = T> __device__ __forceinline__ Element* run() const {
+    return reinterpret_cast<Element*>(shared_ + begin_of_warp());
   }
 
   // The first element of pack k, in its filter.
@@ -166,17 +174,23 @@ class RegisterFilter {
     return begin_of_warp() + (k * lanes + (lane_ & (lanes - 1))) * kSize;
   }
 
-  // The element of the warp's filters that a lane moves as the j-th of pack k where it moves single ones.
-  __device__ __forceinline__ int single(int k, int j, int lane) const {
-    return begin_of_warp() + (k * kSize + j) * kWarp + lane;
-  }
-
-  // Where the thread group's filter has its elements in shared memory.
-  __device__ __forceinline__ int shared_begin() const {
+  // Where the thread group's filter has its elements in the warp's run.
+  __device__ __forceinline__ int filter_in_run() const {
     return is_whole_warps ? 0 : threads_.number_in_warp() * threads_.size * kWeights;
   }
 
-  // Where an element of the warp's filters has its place in shared memory: each filter begins a pack.
+  // Where pack k has its place in the warp's run.
+  __device__ __forceinline__ int in_run(int k) const {
+    if constexpr (is_whole_warps) return (k * kWarp + lane_) * kSize;
+    return filter_in_run() + first(k) - begin_of_warp();
+  }
+
+  // The element of the warp's run that a lane moves as the j-th of pack k where it moves single ones.
+  __device__ __forceinline__ static int single(int k, int j, int lane) {
+    return (k * kSize + j) * kWarp + lane;
+  }
+
+  // Where an element of the warp's filters has its place in its run: each filter begins a pack.
   class Spread {
    public:
     __device__ __forceinline__ explicit Spread(const RegisterFilter& filter)
@@ -205,15 +219,11 @@ class RegisterFilter {
     return i;
   }
 
-  // Returns shared memory that no other thread is reading any more.
-  template <class Element> __device__ __forceinline__ Element* use_shared(Use use) {
-    if (last_use_ == Use::by_warp && use == Use::by_warp) {
-      __syncwarp();
-    } else if (last_use_ != Use::none) {
-      threads_.sync();
-    }
-    last_use_ = use;
-    return reinterpret_cast<Element*>(shared_);
+  // Returns the warp's run, which no lane is reading any more.
+  template <class Element> __device__ __forceinline__ Element* use_run() {
+    if (is_run_used_) __syncwarp();
+    is_run_used_ = true;
+    return run<Element>();
   }
 
   // Asks for a tensor's packs, if each can be moved straight into its place.
@@ -230,111 +240,109 @@ class RegisterFilter {
     }
   }
 
-  // Loads the packs that load() did not, all elements at once, with zeros beyond the filter.
   template <class Element>
-  __device__ __forceinline__ void arrange(Words (&to)[packs], const Element* from) {
+  __device__ __forceinline__ void arrange_all(Words (&to)[packs], const Element* from) {
+#pragma unroll
+    for (int begin = 0; begin < packs; begin += kLoadRound) arrange<kLoadRound>(to, from, begin);
+  }
+
+  // Loads packs that load() did not, all elements at once, with zeros beyond the filter.
+  template <int round, class Element>
+  __device__ __forceinline__ void arrange(Words (&to)[packs], const Element* from, int begin) {
     if (!from || is_direct(from)) return;
     const int lane = opaque(lane_);
+    const int run_begin = begin_of_warp();
     const Spread spread(*this);
-    Element* shared = nullptr;
-    // Half types take a register for each element that is under way, and large blocks have few to spare.
-    constexpr int round = sizeof(Element) == 2 || is_whole_warps ? 1 : packs;
+    Element loaded[round][kSize] = {};
 #pragma unroll
-    for (int begin = 0; begin < packs; begin += round) {
-      Element loaded[round][kSize] = {};
+    for (int k = 0; k < round; ++k) {
 #pragma unroll
-      for (int k = 0; k < round; ++k) {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          const int i = single(begin + k, j, lane);
-          if (i < filters_.numel) loaded[k][j] = *in_global(from + place_(i));
-        }
+      for (int j = 0; j < kSize; ++j) {
+        const int i = single(begin + k, j, lane);
+        if (run_begin + i < filters_.numel) loaded[k][j] = *in_global(from + place_(run_begin + i));
       }
-      if (begin == 0) shared = use_shared<Element>(Use::by_warp);
+    }
+    Element* const run = use_run<Element>();
 #pragma unroll
-      for (int k = 0; k < round; ++k) {
+    for (int k = 0; k < round; ++k) {
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          const int i = single(begin + k, j, lane);
-          if (i < filters_.numel) shared[spread(i)] = loaded[k][j];
-        }
+      for (int j = 0; j < kSize; ++j) {
+        const int i = single(begin + k, j, lane);
+        if (run_begin + i < filters_.numel) run[spread(i)] = loaded[k][j];
       }
     }
     __syncwarp();
 #pragma unroll
-    for (int k = 0; k < packs; ++k) {
-      const int i = first(k);
+    for (int k = begin; k < begin + round; ++k) {
       to[k] = {};
-      if (i < numel_) {
-        to[k] = words_of(load_pack<kSize>(shared + shared_begin() + i));
-        keep_first<Element>(to[k], numel_ - i);
+      if (first(k) < numel_) {
+        to[k] = words_of(load_pack<kSize>(run + in_run(k)));
+        keep_first<Element>(to[k], numel_ - first(k));
       }
     }
   }
 
+  // Stores the packs of a round.
   template <class Element, class PackAt>
-  __device__ __forceinline__ void store(Element* to, bool writes, const PackAt& pack_at) {
+  __device__ __forceinline__ void store(Element* to, int begin, bool writes, const PackAt& pack_at) {
     if (is_direct(to)) {
 #pragma unroll
-      for (int k = 0; k < packs; ++k) {
+      for (int k = begin; k < begin + kRound; ++k) {
         if (first(k) < numel_ && writes) {
           store_global(to + place_(begin_ + first(k)), pack_at(k));
         }
       }
       return;
     }
-    Element* const shared = use_shared<Element>(Use::by_warp);
+    Element* const run = use_run<Element>();
     const Spread spread(*this);
     const int lane = opaque(lane_);
 #pragma unroll
-    for (int k = 0; k < packs; ++k) {
-      const int i = first(k);
-      if (i < numel_) store_pack(shared + shared_begin() + i, pack_at(k));
+    for (int k = begin; k < begin + kRound; ++k) {
+      if (first(k) < numel_) store_pack(run + in_run(k), pack_at(k));
     }
     __syncwarp();
+    const int run_begin = begin_of_warp();
 #pragma unroll
-    for (int k = 0; k < packs; ++k) {
+    for (int k = begin; k < begin + kRound; ++k) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const int i = single(k, j, lane);
-        if (i < filters_.numel && writes) *in_global(to + place_(i)) = shared[spread(i)];
+        if (run_begin + i < filters_.numel && writes) {
+          *in_global(to + place_(run_begin + i)) = run[spread(i)];
+        }
       }
     }
   }
 
-  __device__ __forceinline__ void store_weight(bool writes) {
+  __device__ __forceinline__ void store_weight(int begin, bool writes) {
     const auto param = [&](int k) { return from_opmath<Stored>(weight_[k]); };
-    store(filters_.weight, writes, param);
+    store(filters_.weight, begin, writes, param);
     if constexpr (sizeof(Stored) == 2) {
       if (!filters_.remainder) return;
-      store(filters_.remainder, writes,
-                   [&](int k) { return remainders_of(weight_[k], param(k)); });
+      store(filters_.remainder, begin, writes,
+            [&](int k) { return remainders_of(weight_[k], param(k)); });
     }
   }
 
-  __device__ __forceinline__ void remove_means(T mean, Pack<T, kSize> (&direction)[packs]) {
-    T* const shared = use_shared<T>(Use::by_group) + shared_begin();
-    const int taps = filters_.taps;
-    // Of thread groups without a filter, too: their lanes exchange sums with others of the warp.
-    const ChannelTile tile(filters_.filter_numel / taps, taps, filters_.flags & kChannelsLast);
-#pragma unroll
-    for (int k = 0; k < packs; ++k) {
-      if (first(k) < numel_) store_shared(shared + first(k), direction[k]);
-    }
-    tile.sum_over_taps(shared, threads_);
+  // Returns the gradients of V after CZMG, in the warp's run. Those of half types take twice the registers of
+  // dW, so that they wait there, and the momentum comes meanwhile.
+  __device__ __forceinline__ const T* to_directions(const FilterRule<T>& rule) {
+    T* const run = use_run<T>();
 #pragma unroll
     for (int k = 0; k < packs; ++k) {
       if (first(k) < numel_) {
-        subtract(direction[k],
-                 [&](int j) { return mean * shared[tile.place_of_sum(first(k) + j)]; });
+        store_shared(run + in_run(k), direction_grads(rule, pack_of<Stored>(grad_[k]), weight_[k]));
       }
     }
-  }
-
-  template <class Removed>
-  __device__ __forceinline__ void subtract(Pack<T, kSize>& direction, const Removed& removed) const {
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) direction.values[j] -= removed(j);
+    if constexpr (!asks_early) load(momentum_, filters_.momentum);
+    if (filters_.taps > 1) {
+      // Of thread groups without a filter, too: their lanes exchange sums with others of the warp.
+      const ChannelTile tile(filters_.filter_numel / filters_.taps, filters_.taps,
+                             filters_.flags & kChannelsLast);
+      tile.remove_means(shared_ + filter_in_run(), rule.mean, threads_);
+    }
+    return run;
   }
 
   const Filters<Stored>& filters_;
@@ -344,7 +352,7 @@ class RegisterFilter {
   const int lane_;
   const int begin_;
   const int numel_;  // of this thread group's filter; 0 or less without one
-  Use last_use_;
+  bool is_run_used_ = false;
   Pack<T, kSize> weight_[packs];
   Words param_[packs], grad_[packs];
   Words momentum_[packs];

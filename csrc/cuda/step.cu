@@ -34,12 +34,12 @@ void launch_step(const StepLaunch& step, int device) {
   if (step.blocks == 0) return;
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  choose_kernel(step, [&](auto kernel, const auto& arguments, int threads, int shared_bytes) {
+  choose_kernel(step, [&](auto kernel, const auto& arguments, int shared_bytes) {
     if (step.has_large_blocks) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           shared_bytes));
     }
-    kernel<<<unsigned(step.blocks), threads, shared_bytes, stream>>>(arguments);
+    kernel<<<unsigned(step.blocks), kThreads, shared_bytes, stream>>>(arguments);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

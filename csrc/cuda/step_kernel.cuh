@@ -20,22 +20,22 @@
 
 namespace czm {
 
-// What a kernel holds of W and dW in the registers of its threads, in packs. Most filters fit the small
-// blocks, of which two share a multiprocessor. A large block has one to itself, and asks for the momentum
-// only when the filter's sums are known.
+constexpr int kThreads = CZM_BLOCK_THREADS;
+
+// What the registers of a thread hold of W and dW, in packs. Most filters fit small blocks, of which two share
+// a multiprocessor. A large block has all registers of one, in as many threads: what a thread needs beside
+// the weights would take too many of 512.
 enum class BlockSize { small, large };
 
 template <class Stored, BlockSize block> struct BlockTraits {
   static constexpr bool kIsSmall = block == BlockSize::small;
-  static constexpr int kThreads = kIsSmall ? CZM_BLOCK_THREADS : 2 * CZM_BLOCK_THREADS;
   static constexpr int kBlocksAMultiprocessor = kIsSmall ? 2 : 1;
   // Half types are computed in float.
   static constexpr bool kIsHalf = sizeof(Stored) == 2;
-  static constexpr int kPacks = kIsHalf ? 3 : sizeof(Stored) == 8 ? 4 : 5;
+  static constexpr int kSmallPacks = kIsHalf ? 3 : sizeof(Stored) == 8 ? 4 : 5;
+  static constexpr int kPacks = kIsSmall ? kSmallPacks : kIsHalf ? 10 : 20;
   using InRegisters = RegisterFilter<Stored, kPacks, kIsSmall && sizeof(Stored) == 4, Contiguous, !kIsSmall>;
-  // Of tiles, which leave fewer registers.
-  static constexpr int kPacksOfTiles = kIsHalf ? 1 : 2;
-  using InTiles = RegisterFilter<Stored, kPacksOfTiles, false, TilePlace, true>;
+  using InTiles = RegisterFilter<Stored, kIsHalf ? 2 : 4, false, TilePlace, true>;
   using T = opmath_type<Stored>;
   // A number for each weight that a block holds, and two for each warp.
   static constexpr int kSharedBytes =
@@ -154,7 +154,7 @@ __device__ __forceinline__ void run(const WorkItem& item, int64_t grad,
   const Filters<Stored> filters = filters_of<Stored>(item, grad);
   const int first_thread = int(threadIdx.x) & ~(threads.size < kWarp ? kWarp - 1 : threads.size - 1);
   T* const its_shared = shared + first_thread * InRegisters::kWeights;
-  T* const partial = shared + Traits::kThreads * InRegisters::kWeights;
+  T* const partial = shared + kThreads * InRegisters::kWeights;
   T sums[2] = {};
   if constexpr (block == BlockSize::large) {
     if (filters.filter_numel > threads.size * InRegisters::kWeights) {
@@ -189,12 +189,10 @@ __device__ __forceinline__ void run(const WorkItem& item, int64_t grad,
 }
 
 template <int words, class Stored, BlockSize block>
-__global__ void __launch_bounds__(BlockTraits<Stored, block>::kThreads,
-                                  BlockTraits<Stored, block>::kBlocksAMultiprocessor)
+__global__ void __launch_bounds__(kThreads, BlockTraits<Stored, block>::kBlocksAMultiprocessor)
 step_kernel(const __grid_constant__ StepArguments<words> arguments) {
   CZM_DYNAMIC_SHARED(shared);
-  const WorkItem item =
-      arguments.items[(blockIdx.x * BlockTraits<Stored, block>::kThreads + threadIdx.x) / kWarp];
+  const WorkItem item = arguments.items[(blockIdx.x * kThreads + threadIdx.x) / kWarp];
   const int64_t grad = arguments.words[2 * kGroupWords * arguments.groups + item.tensor];
   run<Stored, block>(item, grad, arguments, reinterpret_cast<opmath_type<Stored>*>(shared));
 }

@@ -28,12 +28,11 @@ template <int words> StepArguments<words> arguments_of(const StepLaunch& step) {
   return result;
 }
 
-// Calls launch(kernel, arguments, threads, shared_bytes) with the kernel for the dtype and the blocks of
+// Calls launch(kernel, arguments, shared_bytes) with the kernel for the dtype and the blocks of
 // `step`, and for as many words as it takes.
 template <class Launch> void choose_kernel(const StepLaunch& step, Launch&& launch) {
   const auto with_words = [&](auto words, auto kernel, auto traits) {
-    using Traits = decltype(traits);
-    launch(kernel, arguments_of<words>(step), Traits::kThreads, Traits::kSharedBytes);
+    launch(kernel, arguments_of<words>(step), decltype(traits)::kSharedBytes);
   };
   const auto for_dtype = [&](auto stored) {
     using Stored = decltype(stored);

@@ -60,7 +60,6 @@ template <class Stored, class InRegisters> class TiledFilter {
     if (count > size) count = count / size * size;
     const bool tiles_in_packs = count % size == 0 && !by_channel &&
                           (is_strided ? channels_ % size == 0 : in_packs());
-    bool is_shared_used = false;
     for (int channel = 0; channel < channels_; channel += count) {
       const int channels = min(channels_ - channel, count);
       const T removed = by_channel ? rule.mean * sum_over_taps(rule, channel, partial) : T(0);
@@ -76,11 +75,12 @@ template <class Stored, class InRegisters> class TiledFilter {
                                    by_channel ? 1 : filter_.taps,
                                    (filter_.flags & ~kInPacks) | (tiles_in_packs ? kInPacks : 0)};
         const TilePlace place = is_strided ? TilePlace(channels, channels_) : TilePlace();
-        InRegisters in_registers(tile, shared_, threads_, place, is_shared_used);
+        InRegisters in_registers(tile, shared_, threads_, place);
         in_registers.arrange();
         if (inverse_scale != 0) in_registers.unscale_grad(inverse_scale, writes);
         in_registers.update(rule, removed, writes);
-        is_shared_used = in_registers.is_shared_used();
+        // The next tile uses the same shared memory.
+        __syncwarp();
       }
     }
   }

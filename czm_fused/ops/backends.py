@@ -27,6 +27,8 @@ _PREFERENCE = {
 # ROCm's devices are "cuda" to torch.
 _TRITON_DEVICES = ("cuda", "xpu")
 _PREFERENCE_ELSEWHERE = ("triton", "reference")
+# Filters of 20,480 weights take 80 KB of a block's shared memory; a device before it has 64 KB.
+_LEAST_CAPABILITY = (8, 0)
 _BUILD_REMEDY = "reinstall with CZM_FUSED_BUILD={0}, which prints why it cannot build it"
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -137,10 +139,12 @@ def _capability(device_type: str, index: int | None) -> tuple[int, int] | None:
 
 def _capability_problem(capability: tuple[int, int]) -> str | None:
     """Return the reason why the CUDA module cannot run on a device of this capability, or None."""
+    needed = "{}.{}".format(*capability)
+    if capability < _LEAST_CAPABILITY:
+        return f"the native cuda module needs compute capability 8.0, and the device's is {needed}"
     built_for: str = importlib.import_module("czm_fused._C_cuda").architectures
     if not built_for or any(_runs_on(name, capability) for name in built_for.split(",")):
         return None
-    needed = "{}.{}".format(*capability)
     return (
         f"the native cuda module is built for compute capability {built_for}, and the device's is "
         f"{needed}; reinstall with TORCH_CUDA_ARCH_LIST={needed}"

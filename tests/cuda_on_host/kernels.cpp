@@ -32,25 +32,20 @@ void launch_step(int64_t dtype, bool has_large_blocks, int64_t items, int64_t bl
                              groups,
                              pointer<const float>(grad_scale),
                              pointer<const float>(found_inf)};
-  const auto run = [&](auto kernel, const auto& arguments, int threads, int) {
-    cuda_host::run_blocks(unsigned(blocks), threads, [&] { kernel(arguments); });
+  const auto run = [&](auto kernel, const auto& arguments, int) {
+    cuda_host::run_blocks(unsigned(blocks), czm::kThreads, [&] { kernel(arguments); });
   };
 #ifdef CZM_TWO_KERNELS
   // Races do not depend on more, and compiling does.
   const auto arguments = czm::arguments_of<czm::kFewWords>(step);
-  const auto run_small = [&](auto stored) {
-    using Stored = decltype(stored);
-    constexpr auto small = czm::BlockSize::small;
-    run(czm::step_kernel<czm::kFewWords, Stored, small>, arguments,
-        czm::BlockTraits<Stored, small>::kThreads, 0);
-  };
-  constexpr auto large = czm::BlockSize::large;
+  using czm::BlockSize, czm::kFewWords, czm::step_kernel;
   if (dtype == czm::kFloat32 && has_large_blocks) {
-    return run(czm::step_kernel<czm::kFewWords, float, large>, arguments,
-               czm::BlockTraits<float, large>::kThreads, 0);
+    return run(step_kernel<kFewWords, float, BlockSize::large>, arguments, 0);
   }
-  if (dtype == czm::kFloat32) return run_small(float());
-  if (dtype == czm::kBFloat16 && !has_large_blocks) return run_small(__nv_bfloat16());
+  if (dtype == czm::kFloat32) return run(step_kernel<kFewWords, float, BlockSize::small>, arguments, 0);
+  if (dtype == czm::kBFloat16 && !has_large_blocks) {
+    return run(step_kernel<kFewWords, __nv_bfloat16, BlockSize::small>, arguments, 0);
+  }
   throw std::invalid_argument("not compiled");
 #else
   czm::choose_kernel(step, run);

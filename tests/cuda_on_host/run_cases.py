@@ -30,7 +30,7 @@ from helpers.cases import (  # noqa: E402
 from helpers.problem import Problem, step_arguments  # noqa: E402
 from helpers.stand_in import standing_in  # noqa: E402
 
-# `PATH_CASES` for blocks of two warps, and large ones of four.
+# `PATH_CASES` for blocks of two warps.
 PATHS = {
     "some filters a warp": Case((9, 16, 3, 3)),
     "warp": Case((3, 64, 3, 3)),
@@ -38,9 +38,10 @@ PATHS = {
     "staged some filters a warp": Case((9, 5, 3, 3), torch.bfloat16, options=MEAN),
     "staged warp": Case((3, 65, 3, 3), torch.bfloat16, options=MEAN),
     "staged block": Case((2, 95, 3, 3), torch.bfloat16, options=MEAN),
-    "large block": Case((1, 200, 3, 3), layout="channels_last"),
-    "staged large block": Case((1, 201, 3, 3), options=MEAN),
-    "tiles": Case((1, 400, 3, 3), layout="channels_last"),
+    "large warp": Case((2, 200, 3, 3)),
+    "large block": Case((1, 400, 3, 3), layout="channels_last"),
+    "staged large block": Case((1, 401, 3, 3), options=MEAN),
+    "tiles": Case((1, 600, 3, 3), layout="channels_last"),
     "long channels": Case((1, 2, 3000)),
 }
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import ClassVar
 
-from torch import Tensor
-
 from cuda_on_host import build
-from czm_fused.ops.step.cuda import MANY_WORDS, CudaStep, Launch
+from czm_fused.ops.step.cuda import MANY_WORDS, CudaStep, Launch, LaunchArguments
 
 
 class HostStep(CudaStep):
@@ -30,30 +28,9 @@ class HostStep(CudaStep):
         members = {"kernels": kernels, "block_threads": threads, "launches": 0}
         return type(cls.__name__, (cls,), members)
 
-    def _run(
-        self,
-        launch: Launch,
-        table: Tensor,
-        grads: bytes,
-        hyperparameters: bytes,
-        hyperparameter_addresses: bytes,
-        grad_scale: int,
-        found_inf: int,
-    ) -> None:
+    def _run(self, launch: Launch, arguments: LaunchArguments) -> None:
         type(self).launches += 1
-        self.kernels.launch_step(
-            launch.dtype,
-            launch.has_large_blocks,
-            table.data_ptr(),
-            launch.blocks,
-            grads,
-            len(launch.tensors),
-            hyperparameters,
-            hyperparameter_addresses,
-            len(launch.groups),
-            grad_scale,
-            found_inf,
-        )
+        self.kernels.launch_step(*arguments)
 
     def _is_capturing(self) -> bool:
         return False

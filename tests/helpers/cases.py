@@ -217,20 +217,25 @@ OTHER_CASES = [
 # What groups of 32 to 256 threads hold in registers, at and around it, in whole and broken packs,
 # in tiles, and channel by channel.
 GROUP_CASES = [
-    Case((3, channels, taps), dtype, layout)
-    for channels, taps in (
-        (71, 9), (72, 9), (142, 9), (143, 9), (192, 9), (284, 9), (285, 9), (568, 9), (569, 9),
-        (570, 9), (427, 3), (1300, 2), (50, 49), (8, 640), (3, 1280), (2, 1281), (2, 1536),
-        (1, 2000), (2, 2560), (2, 2561), (1, 5120), (1, 5121),
+    Case((filters, channels, taps), dtype, layout)
+    for filters, sizes in (
+        (3, (
+            (71, 9), (72, 9), (142, 9), (143, 9), (192, 9), (284, 9), (285, 9), (568, 9), (569, 9),
+            (570, 9), (427, 3), (1300, 2), (50, 49), (8, 640), (3, 1280), (2, 1281), (2, 1536),
+            (1, 2000), (2, 2560), (2, 2561), (1, 5120), (1, 5121),
+        )),
+        (2, ((1137, 9), (1138, 9), (1, 10240), (2, 5121))),
+        (1, ((2275, 9), (2560, 8), (5, 4096), (2276, 9), (2561, 8), (5, 4097))),
     )
+    for channels, taps in sizes
     for layout in ("contiguous", "channels_last")
     for dtype in DTYPES
 ]  # fmt: skip
 
 # Each way through the CUDA kernel with blocks of 256 threads: a group of 32, 64, 128 or 256 threads
-# a filter; through shared memory (in a dtype that is stored there otherwise than its sums, and with
-# the spatial mean alone, so that no other barrier comes to help); in tiles; channel by channel;
-# blocks of a plain tensor, the last of them shorter.
+# a filter, in small and in large blocks; through shared memory (in a dtype that is stored there
+# otherwise than its sums, and with the spatial mean alone, so that no other barrier comes to help);
+# in tiles; channel by channel; blocks of a plain tensor, the last of them shorter.
 MEAN = Options(luma=0.0, exp_scale=False)
 PATH_CASES = {
     "32": Case((9, 32, 3, 3)),
@@ -241,9 +246,13 @@ PATH_CASES = {
     "staged 64": Case((2, 95, 3, 3), torch.bfloat16, options=MEAN),
     "staged 256": Case((2, 455, 3, 3), options=MEAN),
     "staged 256, all parts": Case((2, 455, 3, 3)),
-    "tiles": Case((1, 1200, 3, 3), layout="channels_last"),
-    "tiles of single weights": Case((1, 1201, 3, 3)),
-    "long channels": Case((1, 2, 6000)),
+    "large 128": Case((2, 600, 3, 3), layout="channels_last"),
+    "large 256": Case((1, 1200, 3, 3)),
+    "staged large 256": Case((1, 1201, 3, 3), options=MEAN),
+    "staged large 256, half": Case((1, 1201, 3, 3), torch.bfloat16, options=MEAN),
+    "tiles": Case((1, 2300, 3, 3), layout="channels_last"),
+    "tiles of single weights": Case((1, 2301, 3, 3), layout="channels_last"),
+    "long channels": Case((1, 4, 5121)),
     "plain": Case((5121,), options=PLAIN),
 }
 

@@ -24,8 +24,8 @@ class StubbedStep(cuda.CudaStep):
 
     is_capturing = False
 
-    def _run(self, launch, table, grads, *arguments):
-        self.launched.append((launch, table, np.frombuffer(grads, dtype=np.int64)))
+    def _run(self, launch, arguments):
+        self.launched.append((launch, np.frombuffer(arguments.grads, dtype=np.int64)))
 
     def _is_capturing(self):
         return self.is_capturing
@@ -65,8 +65,8 @@ def launches(params):
 # Around what a thread, a warp, two warps and a block hold, and tensors without filters.
 SHAPES = [
     (64, 1, 3, 3), (33, 2, 3, 3), (7, 3, 3, 3), (9, 3, 7, 7), (5, 16, 3, 3), (3, 64, 3, 3),
-    (2, 72, 3, 3), (3, 200, 3, 3), (2, 512, 3, 3), (1, 1024, 3, 3), (1, 3000, 3, 3), (1,), (641,),
-    (5, 128),
+    (2, 72, 3, 3), (3, 200, 3, 3), (2, 512, 3, 3), (3, 600, 3, 3), (1, 1024, 3, 3),
+    (1, 2000, 3, 3), (1, 3000, 3, 3), (1,), (641,), (5, 128),
 ]  # fmt: skip
 
 
@@ -75,8 +75,7 @@ def test_work_items_have_every_weight_once_and_their_addresses(dtype):
     params = [torch.zeros(shape, dtype=dtype) for shape in SHAPES]
     counts = [np.zeros(param.numel(), dtype=int) for param in params]
     for launch in launches(params):
-        threads = cuda.CudaStep.block_threads * (2 if launch.has_large_blocks else 1)
-        assert len(launch.items) == launch.blocks * threads // 32
+        assert len(launch.items) == launch.blocks * cuda.CudaStep.block_threads // 32
         position = 0
         while position < len(launch.items):
             item = launch.items[position]
@@ -94,9 +93,8 @@ def test_work_items_have_every_weight_once_and_their_addresses(dtype):
             assert item["param"] == params[number].data_ptr() + begin * dtype.itemsize
             filters = -(-int(item["numel"]) // int(item["filter_numel"]))
             assert filters * group_threads <= max(32, group_threads)
-            if not launch.has_large_blocks:
-                held = group_threads * cuda.SIZES[launch.dtype].weights
-                assert item["filter_numel"] <= held
+            held = group_threads * cuda.SIZES[launch.dtype].held(launch.has_large_blocks)
+            assert item["filter_numel"] <= held or group_threads == cuda.CudaStep.block_threads
     for count in counts:
         assert (count == 1).all()
 
@@ -125,6 +123,25 @@ def test_launches_in_a_capture_have_small_arguments():
     assert len(words) == 2 and max(words) <= cuda.FEW_WORDS
     found = np.concatenate([grads for *_, grads in step.launched])
     assert sorted(found) == sorted(grad.data_ptr() for grad in inputs.grads)
+
+
+def test_launches_have_small_arguments_where_the_driver_takes_no_others(monkeypatch):
+    monkeypatch.setattr(StubbedStep, "_most_words", lambda self: cuda.FEW_WORDS)
+    assert len(launches([torch.zeros(3) for _ in range(600)])) == 2
+
+
+def test_the_device_of_the_plan_is_asked_not_the_current_one(monkeypatch):
+    asked = []
+
+    class Native:
+        def stream_of(self, device):
+            asked.append(device)
+            return 0, True
+
+    monkeypatch.setattr(cuda, "_native", Native)
+    step = cuda.CudaStep([], torch.device("cuda", 3))
+    assert step._is_capturing()
+    assert asked == [3]
 
 
 def test_state_of_a_captured_step_is_kept(monkeypatch):

@@ -125,7 +125,8 @@ def test_first_call_of_a_process_runs_what_the_second_runs(name, call, monkeypat
         ("9.0a", (9, 0), True),
         ("10.0a", (10, 3), False),
         ("10.0f", (10, 3), True),
-        ("", (7, 5), True),
+        ("", (8, 6), True),
+        ("7.5", (7, 5), False),
     ],
 )
 def test_auto_takes_cuda_only_where_the_binary_runs(built_for, capability, runs, monkeypatch):
@@ -140,6 +141,8 @@ def test_auto_takes_cuda_only_where_the_binary_runs(built_for, capability, runs,
     assert backends.choose(device) == ("cuda" if runs else "triton")
     if not runs:
         remedy = "reinstall with TORCH_CUDA_ARCH_LIST={}.{}".format(*capability)
+        if capability < (8, 0):
+            remedy = "needs compute capability 8.0, and the device's is 7.5"
         with pytest.raises(RuntimeError, match=remedy):
             backends.choose(device, "cuda")
 

@@ -67,6 +67,29 @@ def test_step_of_many_tensors_is_split_into_few_launches(tensors, a_group_each, 
         problem.check()
 
 
+@on((HOST,))
+def test_the_operator_finds_its_plan_again(backend):
+    made = []
+
+    def make_step(tensors, device):
+        made.append(tensors)
+        return backend.step_class(tensors, device)
+
+    cases = [Case((5, 17, 3, 3)), Case((7,), options=PLAIN)]
+    with standing_in(make_step):
+        # As a graph replays: other memory, other numbers, the same layouts.
+        for seed in range(3):
+            problems = [Problem(case, seed=seed) for case in cases]
+            torch.ops.czm_fused.step_(*step_arguments(problems, backend.backend))
+            for problem in problems:
+                problem.check()
+        assert len(made) == 1
+        for others in (cases[:1], cases, cases[:1]):
+            problems = [Problem(case) for case in others]
+            torch.ops.czm_fused.step_(*step_arguments(problems, backend.backend))
+    assert len(made) == 2
+
+
 @on((HOST, WHOLE_HOST, CUDA_PTX, TRITON_PTX))
 def test_hyperparameters_on_the_device(backend):
     options = Options(nesterov=True, luma=0.1)

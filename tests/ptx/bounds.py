@@ -52,7 +52,23 @@ CASES = {
     ),
     "9,216 weights": (
         Case((2, 1024, 3, 3)),
-        {"cuda": Numbers(1, 1, 7.5), "triton": Numbers(2, 2.03, 2.5)},
+        {"cuda": Numbers(1, 1, 30), "triton": Numbers(2, 2.03, 2.5)},
+    ),
+    "20,480 weights": (
+        Case((1, 2560, 8)),
+        {"cuda": Numbers(1, 1, 30), "triton": Numbers(2, 2.03, 2.5)},
+    ),
+    "20,475 weights": (
+        Case((1, 2275, 9)),
+        {"cuda": Numbers(1.01, 4.01, 13), "triton": Numbers(2.01, 8.07, 9.9)},
+    ),
+    "20,480 weights of half types": (
+        Case((1, 2560, 8), torch.bfloat16),
+        {"cuda": Numbers(1, 1, 15), "triton": Numbers(2, 4, 1.2)},
+    ),
+    "10,240 weights of float64": (
+        Case((1, 1280, 8), torch.float64),
+        {"cuda": Numbers(1, 1, 30), "triton": Numbers(2, 2, 5)},
     ),
     "25,088 weights": (
         Case((1, 25088)),
@@ -73,11 +89,7 @@ UNDER_HALF_FULL = {"cuda": 0.24, "triton": 0.1}
 # where each thread has loaded itself; Triton's compiler places its own.
 UNNEEDED_BARRIERS = {"cuda": 4, "triton": 4}
 
-# Registers of the CUDA step, by the dtype of its tensors, on every architecture. With 128, two
-# blocks of 256 threads share a processor, or it has one of 512.
-REGISTERS = {
-    "f": 128,
-    "d": 128,
-    "13__nv_bfloat16": 128,
-    "6__half": 128,
-}
+# Registers of the CUDA step, by the size of its blocks (0 small, 1 large), of every dtype and on
+# every architecture. With 128, two blocks of 256 threads share a multiprocessor; a large block has
+# one to itself.
+REGISTERS = {0: 128, 1: 255}

@@ -6,9 +6,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from czm_fused.ops.step.cuda import FEW_WORDS, MANY_WORDS, SIZES, CudaStep, Launch
+from czm_fused.ops.step.cuda import FEW_WORDS, MANY_WORDS, SIZES, CudaStep, Launch, LaunchArguments
 from ptx import nvcc
 from ptx.memory import Span
 from ptx.parsing import Kernel
@@ -30,41 +29,36 @@ class PtxCudaStep(StepMemory, CudaStep):
     least_words: ClassVar[int] = 0
 
     @classmethod
-    def kernel(cls, launch: Launch, words: int) -> Kernel:
+    def kernel(cls, arguments: LaunchArguments, words: int) -> Kernel:
         """Return the kernel that `choose_kernel` of csrc/cuda/step_launch.h takes."""
-        is_few = max(words, cls.least_words) <= FEW_WORDS or launch.has_large_blocks
+        is_few = max(words, cls.least_words) <= FEW_WORDS or arguments.has_large_blocks
         room = FEW_WORDS if is_few else MANY_WORDS
         text = nvcc.compiled(*cls.source)
-        block_size = f"LNS_9BlockSizeE{int(launch.has_large_blocks)}E"
-        return nvcc.kernel(text, f"step_kernelILi{room}E{_MANGLED[launch.dtype]}{block_size}")
+        block_size = f"LNS_9BlockSizeE{int(arguments.has_large_blocks)}E"
+        return nvcc.kernel(text, f"step_kernelILi{room}E{_MANGLED[arguments.dtype]}{block_size}")
 
-    def _run(
-        self,
-        launch: Launch,
-        table: Tensor,
-        grads: bytes,
-        hyperparameters: bytes,
-        hyperparameter_addresses: bytes,
-        grad_scale: int,
-        found_inf: int,
-    ) -> None:
-        for address, name in ((grad_scale, "grad_scale"), (found_inf, "found_inf")):
+    def _run(self, launch: Launch, arguments: LaunchArguments) -> None:
+        for name in ("grad_scale", "found_inf"):
+            address = getattr(arguments, name)
             if address and all(span.address != address for span in self.recorder.spans):
                 self.recorder.spans.append(Span(address, torch.float32.itemsize, name))
-        words = hyperparameters + hyperparameter_addresses + grads
-        kernel = self.kernel(launch, len(words) // 8)
+        words = arguments.hyperparameters + arguments.hyperparameter_addresses + arguments.grads
+        kernel = self.kernel(arguments, len(words) // 8)
         # StepArguments of csrc/cuda/work_item.h.
-        head = np.array([table.data_ptr(), grad_scale, found_inf, len(launch.groups)])
-        size = SIZES[launch.dtype]
-        threads = self.block_threads * (2 if launch.has_large_blocks else 1)
+        head = np.array(
+            [arguments.items, arguments.grad_scale, arguments.found_inf, arguments.groups]
+        )
+        size = SIZES[arguments.dtype]
+        threads = self.block_threads
         self.recorder.launch(
             kernel,
             [(head.tobytes() + words).ljust(kernel.param_bytes, b"\0")],
-            {"work_items": table},
+            {"work_items": launch.table.send(launch.words)},
             threads,
-            launch.blocks,
+            arguments.blocks,
             # A number for each weight that a block holds, and two for each warp.
-            (threads * size.weights + 2 * threads // 32) * size.compute_itemsize,
+            (threads * size.held(arguments.has_large_blocks) + 2 * threads // 32)
+            * size.compute_itemsize,
         )
 
     def _is_capturing(self) -> bool:

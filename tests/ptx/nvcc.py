@@ -20,8 +20,8 @@ STEP = """
 #include "cuda/step_launch.h"
 namespace czm {
 void launch(const StepLaunch& step) {
-  choose_kernel(step, [](auto kernel, const auto& arguments, int threads, int shared_bytes) {
-    kernel<<<1, threads, shared_bytes>>>(arguments);
+  choose_kernel(step, [](auto kernel, const auto& arguments, int shared_bytes) {
+    kernel<<<1, kThreads, shared_bytes>>>(arguments);
   });
 }
 }

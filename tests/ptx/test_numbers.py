@@ -10,6 +10,7 @@ from czm_fused.models import cifar_resnet
 from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters
 from helpers.cases import Case, Options
 from helpers.planned import Planned
+from helpers.problem import GuardedMemory
 from helpers.stand_in import standing_in
 from helpers.step_backends import CUDA_PTX, TRITON_PTX, available, on, parameter
 from ptx.bounds import CASES, LOADS_BEFORE_WEIGHT, UNDER_HALF_FULL, Numbers
@@ -58,6 +59,20 @@ def test_traffic(name, backend):
     assert found.sectors <= bound.sectors
     assert found.requests <= bound.requests
     assert found.loads_a_wait >= bound.loads_a_wait
+
+
+@on((CUDA_PTX,))
+@pytest.mark.parametrize("shape", [(4, 512, 3, 3), (1, 1280, 4, 4)])
+def test_a_misaligned_gradient_slows_no_other_tensor(shape, backend):
+    step_class, traffic = observing(backend)
+    planned = Planned(step_class, backend.backend, [Case(shape)])
+    memory = GuardedMemory(planned.grads[0], "contiguous", 1)
+    planned.problems[0].memory["grad"] = memory
+    planned.step([memory.tensor], Hyperparameters(planned.rows))
+    size = memory.tensor.nbytes
+    requests = {name: traffic.loads[name].requests * 512 / size for name in WEIGHTS[:3]}
+    assert requests.pop("grad") > 2
+    assert set(requests.values()) == {1}
 
 
 @on_both

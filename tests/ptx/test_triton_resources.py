@@ -30,6 +30,7 @@ TYPES = {
     "found_inf": "*fp32",
 }
 SHORT, LONG = 0, 1
+NOISE = {"INDEX": triton.language.int32, "BLOCK": 1024}
 
 
 def compiled(dtype, length, target, split=False):
@@ -96,8 +97,8 @@ def test_step_kernel_for_rocm():
 @pytest.mark.parametrize(
     ("module", "name", "tensors", "numbers", "constants"),
     [
-        ("add_relu_noise", "_forward_kernel", 4, 3, {"CHANNELS_LAST": False, "BLOCK": 1024}),
-        ("add_relu_noise", "_backward_kernel", 4, 3, {"CHANNELS_LAST": True, "BLOCK": 1024}),
+        ("add_relu_noise", "_kernel", 4, 3, {"BACKWARD": False, "CHANNELS_LAST": False, **NOISE}),
+        ("add_relu_noise", "_kernel", 4, 3, {"BACKWARD": True, "CHANNELS_LAST": True, **NOISE}),
         ("exp_scale", "_forward_kernel", 3, 1, {"TILE": 512}),
         ("exp_scale", "_backward_kernel", 5, 1, {"TILE": 512}),
     ],
@@ -109,8 +110,6 @@ def test_other_kernels_for_cuda(module, name, tensors, numbers, constants, tmp_p
 
     kernel = getattr(importlib.import_module(f"czm_fused.ops.{module}.triton"), name)
     constants = {**constants, "COMPUTE_DTYPE": tl.float32}
-    if module == "add_relu_noise":
-        constants["INDEX"] = tl.int32
     types = ["*fp32"] * tensors + ["i32"] * numbers + ["constexpr"] * len(constants)
     source = ASTSource(
         fn=kernel,

@@ -28,88 +28,52 @@ def _row(offsets, channels, spatial, CHANNELS_LAST: tl.constexpr, VECTOR: tl.con
 
 
 @triton.jit(do_not_specialize=["numel", "channels", "spatial"])
-def _forward_kernel(
-    output, x, residual, noise, numel, channels, spatial,
-    COMPUTE_DTYPE: tl.constexpr, INDEX: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _kernel(
+    written, first, second, noise, numel, channels, spatial,
+    BACKWARD: tl.constexpr, COMPUTE_DTYPE: tl.constexpr, INDEX: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Write the output, of x and the residual; or the gradient, of the output's and the output."""
     begin = tl.program_id(0).to(INDEX) * BLOCK
     if begin + BLOCK > numel:
-        _forward(
-            output, x, residual, noise, begin, numel - begin, channels, spatial, COMPUTE_DTYPE,
-            CHANNELS_LAST, BLOCK, 1,
+        _elements(
+            written, first, second, noise, begin, numel - begin, channels, spatial, BACKWARD,
+            COMPUTE_DTYPE, CHANNELS_LAST, BLOCK, 1,
         )  # fmt: skip
     elif (channels if CHANNELS_LAST else spatial) % 4 == 0:
-        _forward(
-            output, x, residual, noise, begin, BLOCK, channels, spatial, COMPUTE_DTYPE,
-            CHANNELS_LAST, BLOCK, 4,
+        _elements(
+            written, first, second, noise, begin, BLOCK, channels, spatial, BACKWARD,
+            COMPUTE_DTYPE, CHANNELS_LAST, BLOCK, 4,
         )  # fmt: skip
     else:
-        _forward(
-            output, x, residual, noise, begin, BLOCK, channels, spatial, COMPUTE_DTYPE,
-            CHANNELS_LAST, BLOCK, 1,
+        _elements(
+            written, first, second, noise, begin, BLOCK, channels, spatial, BACKWARD,
+            COMPUTE_DTYPE, CHANNELS_LAST, BLOCK, 1,
         )  # fmt: skip
 
 
 @triton.jit
-def _forward(
-    output, x, residual, noise, begin, count, channels, spatial,
-    COMPUTE_DTYPE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
+def _elements(
+    written, first, second, noise, begin, count, channels, spatial,
+    BACKWARD: tl.constexpr, COMPUTE_DTYPE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Compute `count` elements; where the compiler knows that these are all, nothing is masked."""
+    """Write `count` elements; where the compiler knows that these are all, nothing is masked."""
     slots = tl.arange(0, BLOCK)
     offsets, mask = begin + slots, slots < count
-    total = tl.load(x + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
-    if residual is not None:
-        total += tl.load(residual + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
-    if noise is not None:
-        row = _row(offsets, channels, spatial, CHANNELS_LAST, VECTOR)
-        total *= tl.load(noise + row, mask=mask, other=0.0)
-    # NaN and -0 pass, as in torch.relu.
-    total = tl.where(total < 0, 0.0, total)
-    tl.store(output + offsets, total.to(output.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["numel", "channels", "spatial"])
-def _backward_kernel(
-    grad_x, grad, output, noise, numel, channels, spatial,
-    COMPUTE_DTYPE: tl.constexpr, INDEX: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    begin = tl.program_id(0).to(INDEX) * BLOCK
-    if begin + BLOCK > numel:
-        _backward(
-            grad_x, grad, output, noise, begin, numel - begin, channels, spatial, COMPUTE_DTYPE,
-            CHANNELS_LAST, BLOCK, 1,
-        )  # fmt: skip
-    elif (channels if CHANNELS_LAST else spatial) % 4 == 0:
-        _backward(
-            grad_x, grad, output, noise, begin, BLOCK, channels, spatial, COMPUTE_DTYPE,
-            CHANNELS_LAST, BLOCK, 4,
-        )  # fmt: skip
-    else:
-        _backward(
-            grad_x, grad, output, noise, begin, BLOCK, channels, spatial, COMPUTE_DTYPE,
-            CHANNELS_LAST, BLOCK, 1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _backward(
-    grad_x, grad, output, noise, begin, count, channels, spatial,
-    COMPUTE_DTYPE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-):  # fmt: skip
-    slots = tl.arange(0, BLOCK)
-    offsets, mask = begin + slots, slots < count
-    value = tl.load(grad + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
+    value = tl.load(first + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
+    decides = value
+    if second is not None:
+        decides = tl.load(second + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE)
+        if not BACKWARD:
+            value += decides
     if noise is not None:
         row = _row(offsets, channels, spatial, CHANNELS_LAST, VECTOR)
         value *= tl.load(noise + row, mask=mask, other=0.0)
-    is_off = tl.load(output + offsets, mask=mask, other=0.0).to(COMPUTE_DTYPE) <= 0
+    # NaN and -0 pass, as in torch.relu.
+    is_off = decides <= 0 if BACKWARD else value < 0
     value = tl.where(is_off, 0.0, value)
-    tl.store(grad_x + offsets, value.to(grad_x.dtype.element_ty), mask=mask)
+    tl.store(written + offsets, value.to(written.dtype.element_ty), mask=mask)
 
 
 def add_relu_noise(x: Tensor, residual: Tensor | None, noise: Tensor | None) -> Tensor:
@@ -118,7 +82,7 @@ def add_relu_noise(x: Tensor, residual: Tensor | None, noise: Tensor | None) -> 
     if residual is not None:
         residual = to_layout_of(residual, x)
     output = torch.empty_like(x)
-    _launch(_forward_kernel, output, x, residual, noise)
+    _launch(output, x, residual, noise, backward=False)
     return output
 
 
@@ -126,22 +90,18 @@ def add_relu_noise_backward(grad: Tensor, output: Tensor, noise: Tensor | None) 
     """Compute the gradient operator of `czm_fused.ops.add_relu_noise`."""
     output = to_contiguous_or_channels_last(output)
     grad_x = torch.empty_like(output)
-    _launch(_backward_kernel, grad_x, to_layout_of(grad, output), output, noise)
+    _launch(grad_x, to_layout_of(grad, output), output, noise, backward=True)
     return grad_x
 
 
 def _launch(
-    kernel: triton.JITFunction,
-    written: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    noise: Tensor | None,
+    written: Tensor, first: Tensor, second: Tensor | None, noise: Tensor | None, *, backward: bool
 ) -> None:
     numel = written.numel()
     if numel == 0:
         return
     with current(written.device):
-        kernel[(triton.cdiv(numel, _BLOCK),)](
+        _kernel[(triton.cdiv(numel, _BLOCK),)](
             written,
             first,
             second,
@@ -149,6 +109,7 @@ def _launch(
             numel,
             written.shape[1],
             math.prod(written.shape[2:]),
+            BACKWARD=backward,
             COMPUTE_DTYPE=real_dtype(written.dtype),
             INDEX=tl.int32 if numel <= 2**31 - _BLOCK else tl.int64,
             CHANNELS_LAST=not written.is_contiguous(),

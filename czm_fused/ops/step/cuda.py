@@ -19,7 +19,8 @@ from czm_fused.ops.step.device_table import DeviceTable, keep_for_replays
 from czm_fused.ops.step.spec import DTYPES, FIELD, HYPERPARAMETER_NAMES
 from czm_fused.ops.step.tensors import StepInputs
 
-_WARP = 32
+_LOG_WARP = 5
+_WARP = 1 << _LOG_WARP
 _PACK_BYTES = 16
 _SECTOR_BYTES = 32
 _WORDS_A_GROUP = 2 * len(HYPERPARAMETER_NAMES)
@@ -44,13 +45,18 @@ class Size(NamedTuple):
     itemsize: int
     compute_itemsize: int
     weights: int  # in its registers
+    weights_of_large: int  # the same of large blocks
+
+    def held(self, has_large_blocks: bool) -> int:
+        """Return how many weights of a filter a thread holds."""
+        return self.weights_of_large if has_large_blocks else self.weights
 
 
 SIZES = {
-    DTYPES[torch.float32]: Size(4, 4, 20),
-    DTYPES[torch.float64]: Size(8, 8, 8),
-    DTYPES[torch.bfloat16]: Size(2, 4, 24),
-    DTYPES[torch.float16]: Size(2, 4, 24),
+    DTYPES[torch.float32]: Size(4, 4, 20, 80),
+    DTYPES[torch.float64]: Size(8, 8, 8, 40),
+    DTYPES[torch.bfloat16]: Size(2, 4, 24, 80),
+    DTYPES[torch.float16]: Size(2, 4, 24, 80),
 }
 
 
@@ -60,7 +66,8 @@ class Launch:
 
     Attributes:
         dtype: of its tensors, as descriptors number it.
-        has_large_blocks: its blocks have twice the threads, for filters that no small block holds.
+        has_large_blocks: its blocks have all registers of a multiprocessor, not half of them, for
+            filters that no small block holds.
         tensors: the tensors of the plan that it updates, as indices.
         groups: the groups that its work items mean by 0, 1, ...
         items: what each warp does, as csrc/cuda/work_item.h has it; whole blocks.
@@ -95,6 +102,22 @@ class Launch:
         self.items, self.words = items, items.view(np.int64)
 
 
+class LaunchArguments(NamedTuple):
+    """What a launch is given, as csrc/cuda/step.h has it; 0 for the address of nothing."""
+
+    dtype: int
+    has_large_blocks: bool
+    items: int
+    blocks: int
+    grads: bytes
+    tensors: int
+    hyperparameters: bytes
+    hyperparameter_addresses: bytes
+    groups: int
+    grad_scale: int
+    found_inf: int
+
+
 class CudaStep:
     """Runs the CUDA kernel over all tensors of a plan: a launch for each dtype.
 
@@ -103,7 +126,8 @@ class CudaStep:
     arguments of the kernel. There is room for 4,091 words, one for each tensor and 16 for each
     group, or for 508 in a capture; a plan that needs more makes more launches, and so do filters
     of more weights than a small block holds (5,120 of float32, 2,048 of float64, 6,144 of half
-    types).
+    types). What is larger than a large block (20,480, 10,240 and 20,480) has its weights and
+    gradients read twice.
 
     Args:
         tensors: the parameters as planned, all on one CUDA device; None for those not stepped.
@@ -153,12 +177,19 @@ class CudaStep:
             values, addresses = hyperparameters.values, hyperparameters.addresses
             self._run(
                 launch,
-                launch.table.send(launch.words),
-                grads if is_whole else _select(grads, launch.tensors),
-                values[launch.groups].tobytes() if some_groups else hyperparameters.value_bytes,
-                (addresses[launch.groups] if some_groups else addresses).tobytes(),
-                0 if grad_scale is None else grad_scale.data_ptr(),
-                0 if found_inf is None else found_inf.data_ptr(),
+                LaunchArguments(
+                    launch.dtype,
+                    launch.has_large_blocks,
+                    launch.table.send(launch.words).data_ptr(),
+                    launch.blocks,
+                    grads if is_whole else _select(grads, launch.tensors),
+                    len(launch.tensors),
+                    values[launch.groups].tobytes() if some_groups else hyperparameters.value_bytes,
+                    (addresses[launch.groups] if some_groups else addresses).tobytes(),
+                    len(launch.groups),
+                    0 if grad_scale is None else grad_scale.data_ptr(),
+                    0 if found_inf is None else found_inf.data_ptr(),
+                ),
             )
 
     def _launches_at(self, inputs: StepInputs, most_words: int) -> list[Launch]:
@@ -186,8 +217,7 @@ class CudaStep:
     def _launch(self, dtype: int, has_large_blocks: bool, tensors: np.ndarray) -> Launch:
         rows = self.descriptors[tensors]
         groups, group_indices = np.unique(rows[:, FIELD["group"]], return_inverse=True)
-        threads = self.block_threads * (2 if has_large_blocks else 1)
-        items = work_items(rows, group_indices, threads, has_large_blocks)
+        items = work_items(rows, group_indices, self.block_threads, has_large_blocks)
         return Launch(
             dtype,
             has_large_blocks,
@@ -195,34 +225,12 @@ class CudaStep:
             groups,
             items,
             items.view(np.int64),
-            len(items) * _WARP // threads,
+            len(items) * _WARP // self.block_threads,
             DeviceTable(items.nbytes // 8, self._device),
         )
 
-    def _run(
-        self,
-        launch: Launch,
-        table: Tensor,
-        grads: bytes,
-        hyperparameters: bytes,
-        hyperparameter_addresses: bytes,
-        grad_scale: int,
-        found_inf: int,
-    ) -> None:
-        _native().launch_step(
-            self._device.index,
-            launch.dtype,
-            launch.has_large_blocks,
-            table.data_ptr(),
-            launch.blocks,
-            grads,
-            len(launch.tensors),
-            hyperparameters,
-            hyperparameter_addresses,
-            len(launch.groups),
-            grad_scale,
-            found_inf,
-        )
+    def _run(self, launch: Launch, arguments: LaunchArguments) -> None:
+        _native().launch_step(self._device.index, *arguments)
 
     def _is_capturing(self) -> bool:
         is_capturing: bool = _native().stream_of(self._device.index)[1]
@@ -313,8 +321,8 @@ def work_items(
     count = sum(map(len, dealt))
     idle = np.zeros(-count % warps, dtype=WORK_ITEM)
     idle["filter_numel"] = idle["taps"] = 1
-    # The path without barriers.
-    idle["flags"] = IN_PACKS
+    # The path without barriers, for a warp each.
+    idle["flags"] = _LOG_WARP << _FLAG_BITS | IN_PACKS
     return np.concatenate([*dealt, idle])
 
 
@@ -323,11 +331,12 @@ def _deal(
 ) -> np.ndarray:
     size = SIZES[int(row[FIELD["dtype"]])]
     numel, filter_numel = int(row[FIELD["numel"]]), int(row[FIELD["filter_numel"]])
-    # Large blocks have no thread group of fewer threads than a small block.
-    log_threads = (block_threads // 2).bit_length() - 1 if has_large_blocks else 0
+    held = size.held(has_large_blocks)
+    # Large blocks have no thread group of less than a warp.
+    log_threads = _LOG_WARP if has_large_blocks else 0
     if _is_plain(row[np.newaxis])[0]:
-        filter_numel, log_threads = size.weights * _WARP, _WARP.bit_length() - 1
-    while (1 << log_threads) < block_threads and filter_numel > size.weights << log_threads:
+        filter_numel, log_threads = held * _WARP, _LOG_WARP
+    while (1 << log_threads) < block_threads and filter_numel > held << log_threads:
         log_threads += 1
     threads = 1 << log_threads
     numel_a_warp = filter_numel * max(_WARP // threads, 1)

@@ -21,7 +21,7 @@ from czm_fused.ops.step.descriptors import (
     StepTensor,
     has_supported_strides,
 )
-from czm_fused.ops.step.plan import DevicePlan, copy_back, split
+from czm_fused.ops.step.plan import DevicePlan, copy_back, refuse_without_kernel
 from czm_fused.ops.step.spec import HYPERPARAMETER_NAMES, STATES, StepFlag
 from czm_fused.ops.step.tensors import StepInputs, check_grads, has_state, problem_of_state
 
@@ -135,7 +135,8 @@ def _plan(
     ]
     _check_states(states, tensors, device)
     ordered = check_grads(params, grads)
-    split(params, ordered, tensors, chosen)  # refuses what the backend cannot step
+    for number, (param, grad) in enumerate(zip(params, ordered, strict=True)):
+        refuse_without_kernel(number, param, grad, chosen)
     plan = DevicePlan(tensors, device, chosen)
     inputs = plan.read(params, ordered, states)  # type: ignore[arg-type]
     if isinstance(inputs, int):

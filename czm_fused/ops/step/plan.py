@@ -364,26 +364,40 @@ def split(
     numbers: dict[tuple[torch.device, str], list[int]] = {}
     for number, (param, grad, tensor) in enumerate(zip(params, grads, tensors, strict=True)):
         its_backend = backend
-        if tensor is not None:
-            supported = has_supported_strides(tensor.shape, tensor.strides, tensor.flags)
-            has_its_dtype = grad is None or grad.dtype == param.dtype
-            if not (supported and has_its_dtype and is_readable(param)):
-                if chosen == "auto":
-                    its_backend = "reference"
-                elif chosen != "reference" and not has_its_dtype:
-                    assert grad is not None
-                    raise RuntimeError(
-                        f"the gradient of parameter {number} is {grad.dtype}, but the parameter "
-                        f"{param.dtype}, which backend={backend!r} does not step; convert the "
-                        "gradient, or use backend='auto'"
-                    )
-                elif chosen != "reference" and supported:
-                    raise ValueError(
-                        f"parameter {number} has a negative bit, which backend={backend!r} does "
-                        "not read; set it to param.resolve_neg(), or use backend='reference'"
-                    )
+        if tensor is not None and not _has_kernel(param, grad, tensor):
+            if chosen == "auto":
+                its_backend = "reference"
+            else:
+                refuse_without_kernel(number, param, grad, chosen)
         numbers.setdefault((param.device, its_backend), []).append(number)
     return numbers
+
+
+def refuse_without_kernel(number: int, param: Tensor, grad: Tensor | None, backend: str) -> None:
+    """Refuse what the backend's kernel does not step; strides are refused where its plan is made.
+
+    Raises:
+        RuntimeError: the gradient of parameter `number` is of another dtype.
+        ValueError: the parameter has a negative bit.
+    """
+    if backend == "reference":
+        return
+    if grad is not None and grad.dtype != param.dtype:
+        raise RuntimeError(
+            f"the gradient of parameter {number} is {grad.dtype}, but the parameter {param.dtype}, "
+            f"which backend={backend!r} does not step; convert the gradient, or use backend='auto'"
+        )
+    if not is_readable(param):
+        raise ValueError(
+            f"parameter {number} has a negative bit, which backend={backend!r} does not read; set "
+            "it to param.resolve_neg(), or use backend='reference'"
+        )
+
+
+def _has_kernel(param: Tensor, grad: Tensor | None, tensor: StepTensor) -> bool:
+    has_its_dtype = grad is None or grad.dtype == param.dtype
+    is_supported = has_supported_strides(tensor.shape, tensor.strides, tensor.flags)
+    return is_supported and has_its_dtype and is_readable(param)
 
 
 @functools.cache
