@@ -421,7 +421,7 @@ class FusedCZMSGD(Optimizer):
             grads.append(param.grad)
             flags.append(int(its_flags))
             for spec, tensors in zip(STATES, lists, strict=True):
-                if its_flags & spec.flags == spec.flags:
+                if spec.belongs_to(its_flags):
                     tensors.append(state[spec.name])
 
     def _traced_hyperparameters(self) -> Tensor:

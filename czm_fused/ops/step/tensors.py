@@ -131,7 +131,7 @@ class TensorReader:
             descriptors[index, 0] = param.data_ptr()
             grad_addresses[index] = grad.data_ptr()
             for column, its_state in enumerate(STATES, start=1):
-                if not has_state(tensor, its_state):
+                if not its_state.belongs_to(tensor.flags):
                     continue
                 value = None if state is None else state.get(its_state.name)
                 if problem_of_state(value, its_state, tensor, self._device) is not None:
@@ -191,7 +191,7 @@ def _encode_layouts(tensors: Sequence[StepTensor | None], device: torch.device) 
         if tensor is not None:
             layout = [1, *_encode_layout(tensor.dtype, tensor.shape, tensor.strides)]
             for state in STATES:
-                if has_state(tensor, state):
+                if state.belongs_to(tensor.flags):
                     layout += [1, *_encode_layout(*layout_of_state(state, tensor))]
                 else:
                     layout.append(0)
@@ -209,11 +209,6 @@ def _encode_layout(
         *shape,
         *(-1 if any_stride or n == 1 else stride for n, stride in zip(shape, strides, strict=True)),
     ]
-
-
-def has_state(tensor: StepTensor, state: State) -> bool:
-    """Return True if a step of `tensor` needs `state`."""
-    return tensor.flags & state.flags == state.flags
 
 
 def layout_of_state(
