@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ from czm_fused.ops.step.spec import (
 )
 
 ParamState = Mapping[str, Any]
+
+_grad_of = operator.attrgetter("grad")
 
 _DLPACK_FLOAT, _DLPACK_BFLOAT, _DLPACK_INT = 2, 4, 0
 _DLPACK_CODES = {
@@ -63,6 +66,21 @@ class StepInputs(NamedTuple):
         count = len(self.params)
         words = np.frombuffer(self.addresses, dtype=np.int64)
         return words[:-count].reshape(count, len(DESCRIPTOR_FIELDS)), words[-count:]
+
+
+def find_tensors(
+    params: list[Tensor], state: dict[Tensor, ParamState]
+) -> tuple[list[Tensor | None], list[ParamState | None]]:
+    """Return the gradients and the states of parameters, None for what there is not.
+
+    Args:
+        params: the parameters of an optimizer, in the order of its groups.
+        state: the optimizer's state.
+    """
+    native = native_module()
+    if native is None:
+        return list(map(_grad_of, params)), list(map(state.get, params))
+    return native.find_tensors(_torch_objects(), params, state)
 
 
 class TensorReader:
@@ -178,7 +196,8 @@ def _torch_objects() -> tuple[object, ...]:
         torch.Tensor.__dlpack_c_exchange_api__,
         torch.Tensor,
         torch.nn.Parameter,
-        torch.Tensor.is_neg,
+        torch.Tensor.grad,
+        torch.empty(0, device="cpu").is_neg,
         torch.Tensor.storage_offset,
     )
 
