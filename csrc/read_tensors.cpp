@@ -225,11 +225,11 @@ PyObject* read_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     PyErr_SetString(PyExc_TypeError, "read_tensors takes 8 arguments");
     return nullptr;
   }
-  PyObject *const descriptors = arguments[1], *const params = arguments[4], *const grads = arguments[5];
+  PyObject *const planned = arguments[1], *const params = arguments[4], *const grads = arguments[5];
   const Torch torch(arguments[0]);
   const char* const layouts = PyBytes_AsString(arguments[2]);
   if (PyErr_Occurred() || !torch.read || !layouts) return nullptr;
-  const Py_ssize_t size = PyBytes_Size(descriptors), params_count = PyList_Size(params);
+  const Py_ssize_t size = PyBytes_Size(planned), params_count = PyList_Size(params);
   if (size != params_count * Py_ssize_t(sizeof(TensorDescriptor)) ||
       PyList_Size(grads) != params_count) {
     PyErr_SetString(PyExc_ValueError, "read_tensors takes a descriptor and a gradient a parameter");
@@ -238,8 +238,8 @@ PyObject* read_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   Owned result(PyBytes_FromStringAndSize(nullptr, size + params_count * Py_ssize_t(sizeof(int64_t))));
   if (!result) return nullptr;
   char* const bytes = PyBytes_AsString(result.get());
-  std::memcpy(bytes, PyBytes_AsString(descriptors), size);
-  auto* const rows = reinterpret_cast<TensorDescriptor*>(bytes);
+  std::memcpy(bytes, PyBytes_AsString(planned), size);
+  auto* const descriptors = reinterpret_cast<TensorDescriptor*>(bytes);
   auto* const grad_addresses = reinterpret_cast<int64_t*>(bytes + size);
 
   const TensorDescriptor* before = nullptr;
@@ -254,7 +254,7 @@ PyObject* read_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   bool is_complete = true;
   for (Py_ssize_t i = 0; i < params_count; ++i) {
     if (!read_param(reader, words + 1, PyList_GetItem(params, i), PyList_GetItem(grads, i), states, i,
-                    before ? before + i : nullptr, rows[i], grad_addresses + i)) {
+                    before ? before + i : nullptr, descriptors[i], grad_addresses + i)) {
       // Whatever made a tensor unreadable is told by its name, in Python.
       PyErr_Clear();
       return PyLong_FromSsize_t(i);
