@@ -64,7 +64,7 @@ def _step(
     _check_length("flags", flags, len(params))
     _check_length("group_indices", group_indices, len(params))
     rows = _hyperparameters(hyperparameters)
-    for index in group_indices:
+    for index in set(group_indices):
         if not 0 <= index < len(rows):
             raise ValueError(f"group index {index} is not one of the {len(rows)} hyperparameters")
     states = states_of(lists, flags, _owners(tuple(flags)))
