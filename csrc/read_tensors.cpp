@@ -1,5 +1,6 @@
-// Reads the live tensors of one step: checks that each is what the plan was built for, and returns a
-// copy of the plan's descriptors with their addresses. Nothing is kept between two calls.
+// Reads the live tensors of one step: finds the gradients and the state of the parameters, checks that
+// each tensor is what the plan was built for, and returns a copy of the plan's descriptors with their
+// addresses. Nothing is kept between two calls.
 //
 // Tensors are read through DLPack's exchange API, which every torch.Tensor offers to C code: it costs
 // a sixth of passing them to an operator. It refuses what has no memory of its own (sparse, meta,
@@ -25,10 +26,14 @@ struct Release {
 };
 using Owned = std::unique_ptr<PyObject, Release>;
 
-// torch's own objects, passed with each call: (exchange API, Tensor, Parameter, is_neg, storage_offset).
+// torch's own objects, passed with each call: (exchange API, Tensor, Parameter, Tensor.grad, the method
+// is_neg of some tensor, Tensor.storage_offset).
 struct Torch {
   DLPackDLTensorFromPyObjectNoSync read;
-  PyObject *tensor_type, *parameter_type, *is_neg, *storage_offset;
+  PyObject *tensor_type, *parameter_type, *grad, *storage_offset;
+  descrgetfunc get_grad;
+  // A method without arguments is one C function for all tensors; called as such it takes less time.
+  PyCFunction is_neg;
 
   explicit Torch(PyObject* objects) {
     auto* const api = static_cast<DLPackExchangeAPI*>(
@@ -36,8 +41,13 @@ struct Torch {
     read = api ? api->dltensor_from_py_object_no_sync : nullptr;
     tensor_type = PyTuple_GetItem(objects, 1);
     parameter_type = PyTuple_GetItem(objects, 2);
-    is_neg = PyTuple_GetItem(objects, 3);
-    storage_offset = PyTuple_GetItem(objects, 4);
+    grad = PyTuple_GetItem(objects, 3);
+    get_grad = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(grad), Py_tp_descr_get));
+    PyObject* const method = PyTuple_GetItem(objects, 4);
+    is_neg = PyCFunction_GetFunction(method);
+    if (PyCFunction_GetFlags(method) != METH_NOARGS)
+      PyErr_SetString(PyExc_TypeError, "torch.Tensor.is_neg takes arguments");
+    storage_offset = PyTuple_GetItem(objects, 5);
   }
 
   // A subclass may be anything.
@@ -46,8 +56,13 @@ struct Torch {
     return type == tensor_type || type == parameter_type;
   }
 
+  PyObject* grad_of(PyObject* param) const {
+    if (!is_plain(param)) return PyObject_GetAttrString(param, "grad");
+    return get_grad(grad, param, reinterpret_cast<PyObject*>(Py_TYPE(param)));
+  }
+
   bool has_negative_bit(PyObject* tensor) const {
-    const Owned result(PyObject_CallFunctionObjArgs(is_neg, tensor, nullptr));
+    const Owned result(is_neg(tensor, nullptr));
     return result.get() != Py_False;
   }
 
@@ -120,16 +135,18 @@ class Reader {
 // The state of each parameter: a list of dictionaries.
 class States {
  public:
-  States(PyObject* states, PyObject* names) : states_(states), names_(names) {}
+  States(PyObject* states, PyObject* names) : states_(states) {
+    for (int name = 0; name < kStateCount; ++name) names_[name] = PyTuple_GetItem(names, name);
+  }
 
   PyObject* get(Py_ssize_t param, int name) const {
     PyObject* const state = PyList_GetItem(states_, param);
     if (!state || !PyDict_Check(state)) return nullptr;
-    return PyDict_GetItemWithError(state, PyTuple_GetItem(names_, name));
+    return PyDict_GetItemWithError(state, names_[name]);
   }
 
  private:
-  PyObject *states_, *names_;
+  PyObject *states_, *names_[kStateCount];
 };
 
 // Reads one parameter. Returns false if it, its gradient or its state is not as planned.
@@ -159,6 +176,44 @@ bool read_param(const Reader& reader, const int64_t* layouts, PyObject* param, P
 
 }  // namespace
 
+const char kFindTensorsDoc[] =
+    "find_tensors(torch, params, state)\n\n"
+    "Return the gradients of the parameters, and their values in the dictionary `state`, as two lists;\n"
+    "None for what there is not.";
+
+PyObject* find_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3 || !PyList_Check(arguments[1]) || !PyDict_Check(arguments[2])) {
+    PyErr_SetString(PyExc_TypeError, "find_tensors takes a tuple, a list and a dict");
+    return nullptr;
+  }
+  const Torch torch(arguments[0]);
+  if (PyErr_Occurred()) return nullptr;
+  PyObject *const params = arguments[1], *const state = arguments[2];
+  const Py_ssize_t params_count = PyList_Size(params);
+  const Owned grads(PyList_New(params_count)), states(PyList_New(params_count));
+  if (!grads || !states) return nullptr;
+  Py_ssize_t position = 0;
+  for (Py_ssize_t i = 0; i < params_count; ++i) {
+    PyObject* const param = PyList_GetItem(params, i);
+    PyObject* const grad = param ? torch.grad_of(param) : nullptr;
+    if (!grad) return nullptr;
+    PyList_SetItem(grads.get(), i, grad);
+    // Hashing a tensor calls Python, so the order of the parameters is tried first.
+    PyObject *key = nullptr, *value = nullptr;
+    Py_ssize_t next = position;
+    if (PyDict_Next(state, &next, &key, &value) && key == param) {
+      position = next;
+    } else {
+      value = PyDict_GetItemWithError(state, param);
+      if (!value && PyErr_Occurred()) return nullptr;
+    }
+    if (!value) value = Py_None;
+    Py_IncRef(value);
+    PyList_SetItem(states.get(), i, value);
+  }
+  return PyTuple_Pack(2, grads.get(), states.get());
+}
+
 const char kReadTensorsDoc[] =
     "read_tensors(torch, descriptors, layouts, names, params, grads, states, before)\n\n"
     "Return the descriptors with the addresses of these tensors, followed by the addresses of the\n"
@@ -170,11 +225,11 @@ PyObject* read_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     PyErr_SetString(PyExc_TypeError, "read_tensors takes 8 arguments");
     return nullptr;
   }
-  PyObject *const descriptors = arguments[1], *const params = arguments[4], *const grads = arguments[5];
+  PyObject *const planned = arguments[1], *const params = arguments[4], *const grads = arguments[5];
   const Torch torch(arguments[0]);
   const char* const layouts = PyBytes_AsString(arguments[2]);
   if (PyErr_Occurred() || !torch.read || !layouts) return nullptr;
-  const Py_ssize_t size = PyBytes_Size(descriptors), params_count = PyList_Size(params);
+  const Py_ssize_t size = PyBytes_Size(planned), params_count = PyList_Size(params);
   if (size != params_count * Py_ssize_t(sizeof(TensorDescriptor)) ||
       PyList_Size(grads) != params_count) {
     PyErr_SetString(PyExc_ValueError, "read_tensors takes a descriptor and a gradient a parameter");
@@ -183,8 +238,8 @@ PyObject* read_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   Owned result(PyBytes_FromStringAndSize(nullptr, size + params_count * Py_ssize_t(sizeof(int64_t))));
   if (!result) return nullptr;
   char* const bytes = PyBytes_AsString(result.get());
-  std::memcpy(bytes, PyBytes_AsString(descriptors), size);
-  auto* const rows = reinterpret_cast<TensorDescriptor*>(bytes);
+  std::memcpy(bytes, PyBytes_AsString(planned), size);
+  auto* const descriptors = reinterpret_cast<TensorDescriptor*>(bytes);
   auto* const grad_addresses = reinterpret_cast<int64_t*>(bytes + size);
 
   const TensorDescriptor* before = nullptr;
@@ -199,7 +254,7 @@ PyObject* read_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   bool is_complete = true;
   for (Py_ssize_t i = 0; i < params_count; ++i) {
     if (!read_param(reader, words + 1, PyList_GetItem(params, i), PyList_GetItem(grads, i), states, i,
-                    before ? before + i : nullptr, rows[i], grad_addresses + i)) {
+                    before ? before + i : nullptr, descriptors[i], grad_addresses + i)) {
       // Whatever made a tensor unreadable is told by its name, in Python.
       PyErr_Clear();
       return PyLong_FromSsize_t(i);

@@ -32,10 +32,9 @@ from czm_fused.ops.step.spec import (
     StepFlag,
 )
 from czm_fused.ops.step.state import check_hyperparameters, flags_of, prepare
-from czm_fused.ops.step.tensors import ParamState, StepInputs
+from czm_fused.ops.step.tensors import ParamState, StepInputs, find_tensors
 
 _params_of = operator.itemgetter("params")
-_grad_of = operator.attrgetter("grad")
 _options_of = operator.itemgetter(*OPTIONS)
 _hyperparameters_of = operator.itemgetter(*HYPERPARAMETER_NAMES)
 _SWITCHES = tuple(
@@ -305,11 +304,11 @@ class FusedCZMSGD(Optimizer):
             self._traced_step(grad_scale, found_inf)
             return loss
         params = list(chain.from_iterable(map(_params_of, self.param_groups)))
-        grads = list(map(_grad_of, params))
         if sharding.is_fake(params):
             self._traced_step(grad_scale, found_inf)
             return loss
 
+        grads, states = find_tensors(params, self.state)
         if self._has_dtensors:
             # Once, as it may communicate, and a step may read the gradients again.
             grads = sharding.place_grads(params, grads)
@@ -317,7 +316,7 @@ class FusedCZMSGD(Optimizer):
         values = list(chain.from_iterable(map(_hyperparameters_of, self.param_groups)))
         if converted is None or not converted.is_of(values):
             converted = self._converted = _Converted(self.param_groups, values, converted)
-        plan, all_inputs = self._plan(params, grads, converted.switches)
+        plan, all_inputs = self._plan(params, grads, states, converted.switches)
         plan.run(all_inputs, grads, converted.hyperparameters, grad_scale, found_inf)
         if not all([inputs.is_complete for inputs in all_inputs]):
             params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
@@ -325,7 +324,11 @@ class FusedCZMSGD(Optimizer):
         return loss
 
     def _plan(
-        self, params: list[Tensor], grads: list[Tensor | None], switches: tuple[bool, ...]
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        states: list[ParamState | None],
+        switches: tuple[bool, ...],
     ) -> tuple[StepPlan, list[StepInputs]]:
         """Return a plan that fits these tensors, and what it has read of them."""
         key = (
@@ -336,13 +339,14 @@ class FusedCZMSGD(Optimizer):
         )
         plan = self._plans.get(key)
         if plan is not None:
-            all_inputs = plan.read(params, grads, self._states(params))
+            all_inputs = plan.read(params, grads, states)
             if all_inputs is None:
-                all_inputs = plan.read(params, grads, self._states(params), reorders=True)
+                all_inputs = plan.read(params, grads, states, reorders=True)
             if all_inputs is not None:
                 return plan, all_inputs
         plan = StepPlan(self.param_groups, self.state, params, grads, self.backend)
-        all_inputs = plan.read(params, grads, self._states(params), reorders=True)
+        _, states = find_tensors(params, self.state)
+        all_inputs = plan.read(params, grads, states, reorders=True)
         if all_inputs is None:
             raise RuntimeError(
                 "a parameter, its gradient or its state changed while its step was planned; do not "
@@ -352,13 +356,6 @@ class FusedCZMSGD(Optimizer):
             del self._plans[next(iter(self._plans))]
         self._plans[key] = plan
         return plan, all_inputs
-
-    def _states(self, params: list[Tensor]) -> list[ParamState | None]:
-        state = self.state
-        # Hashing a tensor calls Python, so the order of the parameters is tried first.
-        if len(state) == len(params) and all(map(operator.is_, state, params)):
-            return list(state.values())
-        return list(map(state.get, params))
 
     def _traced_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Make the step as the operator `czm_fused::step_`, which graphs can hold."""
@@ -421,7 +418,7 @@ class FusedCZMSGD(Optimizer):
             grads.append(param.grad)
             flags.append(int(its_flags))
             for spec, tensors in zip(STATES, lists, strict=True):
-                if its_flags & spec.flags == spec.flags:
+                if spec.belongs_to(its_flags):
                     tensors.append(state[spec.name])
 
     def _traced_hyperparameters(self) -> Tensor:

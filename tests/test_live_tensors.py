@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from czm_fused import FusedCZMSGD
+from czm_fused.ops.step import tensors
 from small_training import on_every_backend
 
 PLAIN = {"zmg": 0.0, "luma": 0.0, "exp_scale": False}
@@ -43,6 +44,28 @@ def assert_alike(optimizers):
     for p, q in zip(ours, theirs, strict=True):
         # A handful of float32 roundings a step.
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_gradients_and_state_are_found_in_any_order(is_native, monkeypatch):
+    if not is_native:
+        monkeypatch.setattr(tensors, "native_module", lambda: None)
+    elif tensors.native_module() is None:
+        pytest.skip("the native cpu module is not built")
+
+    class WithGradOfItsOwn(nn.Parameter):
+        grad = 3
+
+    params = [nn.Parameter(torch.zeros(1)) for _ in range(5)]
+    params.insert(2, WithGradOfItsOwn(torch.zeros(1)))
+    for p in params[:2]:
+        p.grad = torch.ones(1)
+    for order in ([0, 1, 2, 3, 4, 5], [0, 2, 3], [5, 4, 1, 0], []):
+        state = {params[n]: {"step": n} for n in order}
+        grads, states = tensors.find_tensors(params, state)
+        expected = [params[0].grad, params[1].grad, 3, None, None, None]
+        assert all(a is b for a, b in zip(grads, expected, strict=True))
+        assert all(a is state.get(p) for a, p in zip(states, params, strict=True))
 
 
 @on_every_backend

@@ -20,6 +20,7 @@ template <class Function> PyCFunction as_method(Function* function) {
 }
 
 PyMethodDef methods[] = {
+    {"find_tensors", as_method(czm::find_tensors), METH_FASTCALL, czm::kFindTensorsDoc},
     {"read_tensors", as_method(czm::read_tensors), METH_FASTCALL, czm::kReadTensorsDoc},
     {"step", as_method(czm::step), METH_FASTCALL, czm::kStepDoc},
     {nullptr, nullptr, 0, nullptr}};

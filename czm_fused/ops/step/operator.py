@@ -23,7 +23,7 @@ from czm_fused.ops.step.descriptors import (
 )
 from czm_fused.ops.step.plan import DevicePlan, copy_back, refuse_without_kernel
 from czm_fused.ops.step.spec import HYPERPARAMETER_NAMES, STATES, StepFlag
-from czm_fused.ops.step.tensors import StepInputs, check_grads, has_state, problem_of_state
+from czm_fused.ops.step.tensors import StepInputs, check_grads, problem_of_state
 
 _PLANS: list[tuple[tuple[object, ...], DevicePlan]] = []
 _MOST_PLANS = 16
@@ -64,7 +64,7 @@ def _step(
     _check_length("flags", flags, len(params))
     _check_length("group_indices", group_indices, len(params))
     rows = _hyperparameters(hyperparameters)
-    for index in group_indices:
+    for index in set(group_indices):
         if not 0 <= index < len(rows):
             raise ValueError(f"group index {index} is not one of the {len(rows)} hyperparameters")
     states = states_of(lists, flags, _owners(tuple(flags)))
@@ -104,8 +104,8 @@ def states_of(
 def _find_owners(all_flags: Sequence[int]) -> list[list[int]]:
     """Return the numbers of the parameters that have each state."""
     return [
-        [number for number, flags in enumerate(all_flags) if flags & bits == bits]
-        for bits in (int(spec.flags) for spec in STATES)
+        [number for number, flags in enumerate(all_flags) if spec.belongs_to(flags)]
+        for spec in STATES
     ]
 
 
@@ -156,7 +156,7 @@ def _check_states(
         # State like a parameter with gaps is dense; only the reference steps such parameters.
         is_dense = has_supported_strides(tensor.shape, tensor.strides, tensor.flags)
         for spec in STATES:
-            if has_state(tensor, spec):
+            if spec.belongs_to(tensor.flags):
                 problem = problem_of_state(
                     state[spec.name], spec, tensor, device, by_address=is_dense
                 )

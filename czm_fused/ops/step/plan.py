@@ -29,7 +29,6 @@ from czm_fused.ops.step.tensors import (
     StepInputs,
     TensorReader,
     check_grads,
-    has_state,
     is_readable,
     problem_of_param,
     problem_of_state,
@@ -168,7 +167,7 @@ class DevicePlan:
                     (state or {}).get(spec.name), spec, tensor, self.device, by_address=is_dense
                 )
                 for spec in STATES
-                if has_state(tensor, spec)
+                if spec.belongs_to(tensor.flags)
             ):
                 return index
         return None
@@ -340,7 +339,7 @@ def _has_all_state(state: ParamState | None, tensor: StepTensor) -> bool:
     return all(
         isinstance((state or {}).get(spec.name), Tensor)
         for spec in STATES
-        if has_state(tensor, spec)
+        if spec.belongs_to(tensor.flags)
     )
 
 

@@ -99,6 +99,10 @@ class State:
     shape: Shape
     dtype: torch.dtype | str | None
 
+    def belongs_to(self, flags: int) -> bool:
+        """Return True if a parameter on which the parts `flags` act has this state."""
+        return flags & self.flags == self.flags
+
 
 COMPUTE = "compute"
 

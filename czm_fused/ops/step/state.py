@@ -152,7 +152,7 @@ def init_state(state: dict[str, Any], param: Tensor, flags: StepFlag) -> None:
     """
     began_without_count = state.get("momentum_buffer") is not None
     for spec in STATES:
-        if flags & spec.flags != spec.flags:
+        if not spec.belongs_to(flags):
             if spec.flags == StepFlag.MASTER_WEIGHTS:
                 # It would belong to other weights when it is wanted again.
                 state.pop(spec.name, None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ from czm_fused.ops.step.spec import (
 )
 
 ParamState = Mapping[str, Any]
+
+_grad_of = operator.attrgetter("grad")
 
 _DLPACK_FLOAT, _DLPACK_BFLOAT, _DLPACK_INT = 2, 4, 0
 _DLPACK_CODES = {
@@ -63,6 +66,21 @@ class StepInputs(NamedTuple):
         count = len(self.params)
         words = np.frombuffer(self.addresses, dtype=np.int64)
         return words[:-count].reshape(count, len(DESCRIPTOR_FIELDS)), words[-count:]
+
+
+def find_tensors(
+    params: list[Tensor], state: dict[Tensor, ParamState]
+) -> tuple[list[Tensor | None], list[ParamState | None]]:
+    """Return the gradients and the states of parameters, None for what there is not.
+
+    Args:
+        params: the parameters of an optimizer, in the order of its groups.
+        state: the optimizer's state.
+    """
+    native = native_module()
+    if native is None:
+        return list(map(_grad_of, params)), list(map(state.get, params))
+    return native.find_tensors(_torch_objects(), params, state)
 
 
 class TensorReader:
@@ -131,7 +149,7 @@ class TensorReader:
             descriptors[index, 0] = param.data_ptr()
             grad_addresses[index] = grad.data_ptr()
             for column, its_state in enumerate(STATES, start=1):
-                if not has_state(tensor, its_state):
+                if not its_state.belongs_to(tensor.flags):
                     continue
                 value = None if state is None else state.get(its_state.name)
                 if problem_of_state(value, its_state, tensor, self._device) is not None:
@@ -178,7 +196,8 @@ def _torch_objects() -> tuple[object, ...]:
         torch.Tensor.__dlpack_c_exchange_api__,
         torch.Tensor,
         torch.nn.Parameter,
-        torch.Tensor.is_neg,
+        torch.Tensor.grad,
+        torch.empty(0, device="cpu").is_neg,
         torch.Tensor.storage_offset,
     )
 
@@ -191,7 +210,7 @@ def _encode_layouts(tensors: Sequence[StepTensor | None], device: torch.device) 
         if tensor is not None:
             layout = [1, *_encode_layout(tensor.dtype, tensor.shape, tensor.strides)]
             for state in STATES:
-                if has_state(tensor, state):
+                if state.belongs_to(tensor.flags):
                     layout += [1, *_encode_layout(*layout_of_state(state, tensor))]
                 else:
                     layout.append(0)
@@ -209,11 +228,6 @@ def _encode_layout(
         *shape,
         *(-1 if any_stride or n == 1 else stride for n, stride in zip(shape, strides, strict=True)),
     ]
-
-
-def has_state(tensor: StepTensor, state: State) -> bool:
-    """Return True if a step of `tensor` needs `state`."""
-    return tensor.flags & state.flags == state.flags
 
 
 def layout_of_state(
