@@ -24,19 +24,16 @@ class Normalisation:
     """Shift and scale every channel to zero mean and unit deviation over the uint8 `pixels`."""
 
     def __init__(self, pixels: Tensor) -> None:
-        # Sums of whole numbers are exact in float64, in parts that keep the copies small.
-        sums = [
-            torch.stack([part.double().pow(power).sum((0, 2, 3)) for power in (1, 2)])
-            for part in pixels.split(max(1, 2**22 // max(1, pixels[0].numel())))
-        ]
-        mean, square = torch.stack(sums).sum(0) / (pixels.numel() / pixels.shape[1])
-        std = (square - mean.square()).clamp(min=0).sqrt()
+        levels = torch.arange(256, dtype=torch.float64, device=pixels.device)
+        channels = [channel.flatten().bincount(minlength=256) for channel in pixels.unbind(1)]
+        counts, total = torch.stack(channels).double(), pixels[:, 0].numel()
+        mean = counts @ levels / total
+        std = (counts @ levels.square() / total - mean.square()).clamp(min=0).sqrt()
         self.mean = mean.float()[:, None, None]
         self.std = torch.where(std > 0, std, 1.0).float()[:, None, None]
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        normalised: Tensor = (pixels.float() - self.mean) / self.std
-        return normalised
+        return (pixels.float() - self.mean) / self.std
 
 
 def augment(pixels: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
