@@ -71,12 +71,12 @@ def curves(axes: Any, frame: pd.DataFrame, quantity: str, **style: Any) -> None:
 
 @contextmanager
 def panels(
-    path: Path, title: str, quantities: Sequence[str], note: str = "", columns: int = 2
+    path: Path, title: str, quantities: Sequence[str], note: str = ""
 ) -> Iterator[list[Any]]:
     """Yield the axes of a panel for each quantity over the epochs; write the figure to `path`.
 
-    One legend, of `columns` and below the panels, names every curve once and explains the bands by
-    `note`. Percentages stay in their range, and magnitudes begin at zero.
+    One legend below the panels names every curve once and explains the bands by `note`. Percentages
+    stay in their range, and magnitudes begin at zero.
 
     Raises:
         OSError: the file cannot be written.
@@ -105,7 +105,7 @@ def panels(
         if axes.get_legend():
             axes.get_legend().remove()
     figure.legend(
-        named.values(), named.keys(), loc="outside lower center", ncols=columns, frameon=False,
+        named.values(), named.keys(), loc="outside lower center", ncols=2, frameon=False,
         fontsize="small", title=note, title_fontsize="small",
     )  # fmt: skip
     with replacing(path) as file:
