@@ -8,11 +8,10 @@ import hashlib
 import os
 import stat
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from .checkpoint import replacing
 from .config import Config
 from .errors import TrainingError, explained
 
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 TEST_FOLDERS = ("test", "val", "validation")
 _CACHE_VERSION = "1"  # changes when images are decoded in another way
 
@@ -117,51 +117,64 @@ def image_folder(folder: Path, cache: Path | None = None) -> DataSet:
     `val` or `validation` may take the place of `test`. `cache` is the folder where the decoded
     images are kept; None keeps none.
     """
-    from torchvision.datasets import ImageFolder
-
     if folder.name in ("train", *TEST_FOLDERS) and not (folder / "train").exists():
         raise TrainingError(
             f"--data-dir must hold train/ and test/, but seems to be one: give {folder.parent}"
         )
     test_name = next((name for name in TEST_FOLDERS if (folder / name).is_dir()), "test")
-    with explained("--data-dir needs train/ and test/ (or val/), with images in a folder a class"):
-        parts = [ImageFolder(str(folder / name)) for name in ("train", test_name)]
-    classes = parts[0].classes
-    if classes != parts[1].classes:
+    parts = [folder / "train", folder / test_name]
+    with explained("--data-dir needs train/ and test/ (or val/), with a folder a class"):
+        classes = [sorted(each.name for each in part.iterdir() if each.is_dir()) for part in parts]
+    if classes[0] != classes[1]:
         raise TrainingError(
             f"train/ and {test_name}/ under {folder} have different classes: only one of them has "
-            f"{', '.join(sorted(set(classes) ^ set(parts[1].classes)))}"
+            f"{', '.join(sorted(set(classes[0]) ^ set(classes[1])))}"
         )
-    train, test = (_read_part(part, cache) for part in parts)
+    train, test = (_read_part(part, classes[0], cache) for part in parts)
     if train.pixels.shape[1:] != test.pixels.shape[1:]:
         raise TrainingError(f"train/ and {test_name}/ under {folder} differ in image size")
-    return DataSet(train, test, num_classes=len(classes))
+    return DataSet(train, test, num_classes=len(classes[0]))
 
 
-def _read_part(part: Any, cache: Path | None) -> Images:
-    found: dict[tuple[int, int, int], tuple[str, os.stat_result]] = {}
-    for path, label in part.samples:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise TrainingError(f"{path} must be a file, but is a device or pipe")
-        # A symbolic link that leads back gives the same files again.
-        found.setdefault((label, status.st_dev, status.st_ino), (path, status))
-    labels = torch.tensor([label for label, *_ in found])
-    files = dict(found.values())
+def _read_part(folder: Path, classes: Sequence[str], cache: Path | None) -> Images:
+    files: dict[str, os.stat_result] = {}
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(_image_files(folder / name, ()))
+        if not found:
+            raise TrainingError(f"no images under {folder / name}: remove the folder or fill it")
+        files.update(found)
+        labels += [label] * len(found)
+    if not files:
+        raise TrainingError(f"no images under {folder}: it needs a folder a class")
     if cache is None:
-        return Images(_decode_all(list(files)), labels)
-    kept = cache / _cache_name(part.root, files)
+        return Images(_decode_all(list(files)), torch.tensor(labels))
+    kept = cache / _cache_name(folder, files)
     try:
         pixels = torch.from_numpy(np.load(kept, mmap_mode="c"))
     except (OSError, ValueError):
         pixels = _decode_all(list(files))
         _keep(kept, pixels)
-    return Images(pixels, labels)
+    return Images(pixels, torch.tensor(labels))
 
 
-def _cache_name(folder: str, files: Mapping[str, os.stat_result]) -> str:
+def _image_files(folder: Path, above: tuple[str, ...]) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield every image file under `folder`, through symbolic links that do not lead back."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from _image_files(Path(entry.path), (*above, here))
+        elif entry.name.lower().endswith(EXTENSIONS):
+            if not stat.S_ISREG(entry.stat().st_mode):
+                raise TrainingError(f"{entry.path} must be a file, but is a device or pipe")
+            yield entry.path, entry.stat()
+
+
+def _cache_name(folder: Path, files: Mapping[str, os.stat_result]) -> str:
     """Return a name that changes with the names, sizes and times of the files of a folder."""
-    content = [(path[len(folder) :], s.st_size, s.st_mtime_ns) for path, s in files.items()]
+    content = [(path[len(str(folder)) :], s.st_size, s.st_mtime_ns) for path, s in files.items()]
     texts = os.path.realpath(folder), repr((_CACHE_VERSION, content))
     digests = (hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16] for text in texts)
     return "-".join(digests) + ".npy"
