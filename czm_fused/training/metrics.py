@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -56,6 +55,8 @@ class Log:
 
     def add(self, history: list[dict[str, Any]]) -> None:
         """Write the history of the run, whose last record is new."""
+        import pandas as pd
+
         self._write(history)
         numbers = pd.json_normalize(history[-1], sep="/").iloc[0].dropna()
         epoch = int(numbers.pop("epoch"))
