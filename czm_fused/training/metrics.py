@@ -39,9 +39,7 @@ def rejection_is_due(epoch: int, epochs: int, times: int = 20) -> bool:
 class Log:
     """The records of a run's epochs: one JSON object a line, mirrored as TensorBoard scalars.
 
-    Args:
-        folder: the run's.
-        history: records of the epochs before.
+    Goes on after `history`, and removes the records of later epochs.
     """
 
     def __init__(self, folder: Path, history: list[dict[str, Any]]) -> None:
