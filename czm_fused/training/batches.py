@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from .config import Config
 from .data import DataSet
@@ -110,14 +109,13 @@ class LoaderBatches:
     """Batches of the user's DataLoader, or of a pair of them for training and test, as they are."""
 
     def __init__(self, data: Any, device: torch.device) -> None:
-        loaders: tuple[Any, ...] = tuple(data) if isinstance(data, (tuple, list)) else (data,)
-        if len(loaders) not in (1, 2) or not isinstance(loaders[0], (DataLoader, Iterable)):
+        loaders = tuple(data) if isinstance(data, (tuple, list)) else (data,)
+        if len(loaders) not in (1, 2) or not isinstance(loaders[0], Iterable):
             raise TrainingError(
                 "data must be a folder, a DataLoader or a pair of DataLoaders (training, test), "
                 f"but was {type(data).__name__}"
             )
-        self._loaders: tuple[Iterable[Any], ...] = loaders
-        self._device = device
+        self._loaders, self._device = loaders, device
         self._sample: Tensor | None = None
         self.has_test = len(loaders) == 2 and loaders[1] is not None
 
@@ -144,6 +142,7 @@ class LoaderBatches:
     def normalise(self, images: Tensor) -> Tensor:
         return images
 
-    def sample(self, images: int) -> Tensor | None:
-        """Return the first images that were loaded."""
-        return None if self._sample is None else self._sample[:images]
+    def sample(self, images: int) -> Tensor:
+        """Return the first images that were loaded, of a training that has begun."""
+        assert self._sample is not None
+        return self._sample[:images]

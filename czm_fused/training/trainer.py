@@ -118,10 +118,7 @@ class Trainer:
 
         None stands for a layer that passes nothing. Changes nothing, and draws no random numbers.
         """
-        images = self.batches.sample(REJECTION_IMAGES)
-        if images is None:
-            return {}
-        images = images.contiguous(memory_format=self.memory_format)
+        images = self._lay_out(self.batches.sample(REJECTION_IMAGES))
         report = diagnose(self.model, images, self.optimizer)
         ratios = {layer.name: layer.rejection_db for layer in report.layers}
         return {
@@ -202,9 +199,7 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses of this process's images, alone and with their counts."""
         share = self.ranks.share(len(labels))
-        images, labels = self.batches.normalise(pixels[share]), labels[share]
-        if images.dim() == 4:
-            images = images.contiguous(memory_format=self.memory_format)
+        images, labels = self._lay_out(self.batches.normalise(pixels[share])), labels[share]
         autocasts = self.config.autocast != "off"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocasts):
             outputs = network(images)
@@ -212,6 +207,11 @@ class Trainer:
         hits = (outputs.detach().argmax(dim=1) == labels).sum()
         count = torch.full_like(hits, len(labels))
         return loss, torch.stack([loss.detach().double(), hits.double(), count.double()])
+
+    def _lay_out(self, images: Tensor) -> Tensor:
+        # The layouts differ for images alone, not for signals.
+        four = images.dim() == 4
+        return images.contiguous(memory_format=self.memory_format) if four else images
 
     def _pass(
         self, batches: Iterable[Any], step: Callable[[Any], Tensor], title: str
