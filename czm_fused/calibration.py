@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import torch
@@ -21,9 +20,13 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from czm_fused._internal.residual import branch_ends
-from czm_fused._internal.text import format_table, shorten
-from czm_fused.example import preserved, run_example
+from czm_fused._internal.signals import first_floating_point
+from czm_fused._internal.text import Tabular, shorten
+from czm_fused._internal.undo import undone_on_error
+from czm_fused.example import first_that_runs, hooked, preserved, run_example
 from czm_fused.init import Convolution, is_depthwise, named_convolutions
+from czm_fused.ops.step.reference import filter_norms
+from czm_fused.ops.step.spec import compute_dtype
 
 TARGET = 1.0
 """The spread that the output of a convolution starts with."""
@@ -71,7 +74,7 @@ class LayerStart:
 
 
 @dataclass(frozen=True)
-class CalibrationReport:
+class CalibrationReport(Tabular):
     """What `calibrate_` measured and set; printed, a table.
 
     The spread of a tensor is its standard deviation over samples and positions, the root mean
@@ -89,6 +92,8 @@ class CalibrationReport:
     output_after: float
     notes: tuple[str, ...] = ()
 
+    _right_aligned = (1, 2, 3)
+
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [("layer", "gain", "spread before", "after", "remark")]
         for layer in self.layers:
@@ -96,18 +101,6 @@ class CalibrationReport:
             rows.append((layer.name, *numbers, layer.remark))
         rows.append(("output", "", f"{self.output_before:.3g}", f"{self.output_after:.3g}", ""))
         return rows
-
-    def __str__(self) -> str:
-        return "\n".join([format_table(self._rows(), right_aligned=(1, 2, 3)), *self.notes])
-
-    def _repr_html_(self) -> str:
-        header, *rows = self._rows()
-        lines = ["<table><thead><tr>", *(f"<th>{escape(cell)}</th>" for cell in header)]
-        lines.append("</tr></thead><tbody>")
-        for row in rows:
-            lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
-        lines.append("</tbody></table>")
-        return "".join([*lines, *(f"<p>{escape(note)}</p>" for note in self.notes)])
 
 
 def calibrate_(
@@ -184,7 +177,7 @@ def calibrate_(
     else:
         _check_example(convolutions, example_input)
 
-    with _undone_on_error(convolutions), preserved(model):
+    with undone_on_error(model, convolutions.values()), preserved(model):
         _to_measuring_mode(model)
         output_before = _output_spread(_run(model, example_input))
         ends = branch_ends(model, convolutions, example_input)
@@ -234,34 +227,15 @@ class _Calibration:
         self.layers: dict[str, LayerStart] = {}
         self.owners: dict[int, str] = {}
 
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        hooks = [each.register_forward_hook(self._set) for each in self.names]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def hooked(self) -> AbstractContextManager[None]:
+        return hooked([each.register_forward_hook(self._set) for each in self.names])
 
     def _set(self, convolution: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         name = self.names[convolution]
         if name in self.layers:
             return None
         before = _spread(output)
-        owner = name
-        for parameter in _parameters(convolution):
-            owner = self.owners.setdefault(id(parameter), owner)
-        why_not = (
-            f"shares the weight of {owner!r}"
-            if owner != name
-            else COMPUTED
-            if not _has_settable_weight(convolution)
-            else CONSTANT
-            if before == 0
-            else NOT_FINITE
-            if not math.isfinite(before)
-            else ""
-        )
+        why_not = self._why_not(convolution, before)
         if why_not:
             self._record(name, before, before, why_not)
             return None
@@ -280,9 +254,22 @@ class _Calibration:
         result = (output - convolution.bias.view(shape)) * factor
         if self.center:
             space = tuple(range(-len(shape) + 1, 0))
-            means = result.to(_compute_dtype(result)).mean(dim=space)
+            means = result.to(compute_dtype(result.dtype)).mean(dim=space)
             convolution.bias.copy_(-(means.mean(dim=0) if means.dim() > 1 else means))
         return result + convolution.bias.view(shape)
+
+    def _why_not(self, convolution: Any, spread: float) -> str:
+        """Return why a convolution is left as it is, or nothing."""
+        name = owner = self.names[convolution]
+        for parameter in _parameters(convolution):
+            owner = self.owners.setdefault(id(parameter), owner)
+        if owner != name:
+            return f"shares the weight of {owner!r}"
+        if not _parameters(convolution):
+            return COMPUTED
+        if spread == 0:
+            return CONSTANT
+        return "" if math.isfinite(spread) else NOT_FINITE
 
     def _record(self, name: str, before: float, after: float, remark: str) -> None:
         self.layers[name] = LayerStart(name, _gain(self.convolutions[name]), before, after, remark)
@@ -321,16 +308,16 @@ def tap_coverage(convolution: Convolution, inputs: torch.Size, outputs: torch.Si
         inputs: the shape of its input, with dimensions of space last.
         outputs: the shape of its output.
     """
-    coverage = torch.ones(())
+    coverage = torch.ones((), device="cpu")
     dimensions = len(convolution.kernel_size)
     for d, taps in enumerate(convolution.kernel_size):
-        share = torch.ones(taps)
+        share = torch.ones(taps, device="cpu")
         if convolution.padding_mode == "zeros":
             # torch keeps the last dimension first here, and what padding="same" stands for.
             before = convolution._reversed_padding_repeated_twice[2 * (dimensions - 1 - d)]
             size, positions = inputs[d - dimensions], outputs[d - dimensions]
-            starts = torch.arange(positions) * convolution.stride[d] - before
-            at = starts[:, None] + torch.arange(taps) * convolution.dilation[d]
+            starts = torch.arange(positions, device="cpu") * convolution.stride[d] - before
+            at = starts[:, None] + torch.arange(taps, device="cpu") * convolution.dilation[d]
             share = ((at >= 0) & (at < size)).float().mean(dim=0)
         coverage = coverage[..., None] * share
     return coverage
@@ -343,10 +330,6 @@ def _multiply_weight(convolution: Any, factor: Tensor | float) -> None:
         convolution.weight.mul_(factor)
 
 
-def _has_settable_weight(convolution: Any) -> bool:
-    return "weight" in convolution._parameters or parametrize.is_parametrized(convolution, "weight")
-
-
 def _parameters(convolution: Any) -> list[Tensor]:
     """Return the tensors that hold the weight."""
     if parametrize.is_parametrized(convolution, "weight"):
@@ -356,12 +339,7 @@ def _parameters(convolution: Any) -> list[Tensor]:
 
 
 def _gain(convolution: Convolution) -> float:
-    weight = convolution.weight.detach()
-    return weight.to(_compute_dtype(weight)).flatten(1).norm(dim=1).median().item()
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return filter_norms(convolution.weight.detach()).median().item()
 
 
 def _spread(x: Tensor) -> float:
@@ -369,7 +347,7 @@ def _spread(x: Tensor) -> float:
 
     0 where that is no more than the rounding of a constant.
     """
-    x = x.detach().to(_compute_dtype(x))
+    x = x.detach().to(compute_dtype(x.dtype))
     if x.dim() < 2:
         x = x.reshape(-1, 1)
     channels = x.transpose(0, 1).flatten(1)
@@ -379,10 +357,8 @@ def _spread(x: Tensor) -> float:
 
 
 def _output_spread(output: Any) -> float:
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return _spread(leaf)
-    return math.nan
+    measured = first_floating_point(output)
+    return math.nan if measured is None else _spread(measured)
 
 
 def _to_measuring_mode(model: nn.Module) -> None:
@@ -401,20 +377,6 @@ def _run(model: nn.Module, example_input: Any) -> Any:
             "example_input must be a batch that model takes in eval mode, but the model raised "
             f"{type(error).__name__}: {error}"
         ) from error
-
-
-@contextmanager
-def _undone_on_error(convolutions: dict[str, Convolution]) -> Iterator[None]:
-    tensors = [tensor for each in convolutions.values() for tensor in _parameters(each)]
-    tensors += [each.bias for each in convolutions.values() if each.bias is not None]
-    contents = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for tensor, content in zip(tensors, contents, strict=True):
-                tensor.copy_(content)
-        raise
 
 
 def _check_example(convolutions: dict[str, Convolution], example_input: Any) -> None:
@@ -460,22 +422,12 @@ def _noise_for(model: nn.Module, convolutions: dict[str, Convolution], seed: int
         next(iter(convolutions.values())),
     )
     weight = stem.weight
-    failure = ""
-    for size in NOISE_SIZES[weight.dim()]:
-        space = (size,) * (weight.dim() - 2)
-        noise = _image_noise((NOISE_BATCH, stem.in_channels, *space), seed)
-        noise = noise.to(weight.device, weight.dtype)
-        try:
-            with preserved(model):
-                _to_measuring_mode(model)
-                run_example(model, noise)
-            return noise
-        except Exception as error:
-            failure = failure or f"{type(error).__name__}: {error}"
-    raise ValueError(
-        f"example_input must be given, as the model does not run on noise ({failure}); "
-        "pass a batch of real inputs"
+    shapes = (
+        (NOISE_BATCH, stem.in_channels, *[size] * (weight.dim() - 2))
+        for size in NOISE_SIZES[weight.dim()]
     )
+    noises = (_image_noise(each, seed).to(weight.device, weight.dtype) for each in shapes)
+    return first_that_runs(model, _to_measuring_mode, noises, "noise")
 
 
 def _image_noise(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -25,9 +25,9 @@ from czm_fused._internal.replacement import (
     replace_modules,
     replacement_for,
     save_outputs_alone,
-    undone_on_error,
 )
-from czm_fused._internal.text import article, format_html, format_table, shorten
+from czm_fused._internal.text import Tabular, article, shorten
+from czm_fused._internal.undo import undone_on_error
 from czm_fused.calibration import calibrate_
 from czm_fused.example import zeros_for
 from czm_fused.groups import ParamGroups, check_initialised, decide_stems
@@ -89,7 +89,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class ConversionPlan:
+class ConversionPlan(Tabular):
     """The changes that `convert` makes to a model; printed, or at the end of a cell, a table.
 
     Attributes:
@@ -122,12 +122,6 @@ class ConversionPlan:
             biased = [f"{c} (+ bias)" if c in change.biases else c for c in change.convolutions]
             rows.append((change.name, change.type, change.action, shorten(biased), change.remark))
         return rows
-
-    def __str__(self) -> str:
-        return "\n".join([format_table(self._rows()), *self.notes])
-
-    def _repr_html_(self) -> str:
-        return format_html(self._rows(), self.notes)
 
 
 def convert(
@@ -270,7 +264,6 @@ def plan_conversion(
     stems, reason = decide_stems(convolutions, stem, first)
     names = tuple(name for name, convolution in convolutions.items() if convolution in stems)
     changes = _Planner(model, convolutions, flow, from_pretrained).changes()
-    plan = ConversionPlan(tuple(changes), names, from_pretrained, ())
     notes = [
         _summary(changes),
         f"{len(convolutions)} convolutions: "
@@ -278,10 +271,11 @@ def plan_conversion(
         f"stem: {', '.join(map(repr, names))} ({reason})" if names else f"stem: {reason}",
         *flow.notes,
     ]
-    if plan.biases:
-        count = len(plan.biases)
-        notes.append(f"{count} convolutions gain a bias: make the optimizer after the conversion")
-    return ConversionPlan(plan.changes, plan.stem, from_pretrained, tuple(notes))
+    plan = ConversionPlan(tuple(changes), names, from_pretrained, tuple(notes))
+    if not plan.biases:
+        return plan
+    note = f"{len(plan.biases)} convolutions gain a bias: make the optimizer after the conversion"
+    return replace(plan, notes=(*notes, note))
 
 
 class _Planner:

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from czm_fused._internal.signals import Signals, output_spread
-from czm_fused._internal.text import format_html, format_table, shorten
+from czm_fused._internal.text import Tabular, shorten
 from czm_fused.calibration import DEAD, EXPLODED
-from czm_fused.example import preserved, run_example
+from czm_fused.example import hooked, preserved, run_example
 from czm_fused.init import Convolution, named_convolutions
 from czm_fused.nn import ExpScale
 from czm_fused.ops.step.reference import filter_norms
@@ -99,8 +99,16 @@ SPREADS = ("gain", "direction_norm", "scale", "isocline_distance", "effective_lr
 NUMBERS = ("output_spread", "shift_gain", "signal_gain", "rejection_db")
 """The quantities of a layer, which are the fields and properties of `LayerDiagnostics`."""
 
-_LOGARITHMIC = ("output_spread", "effective_lr")
-_LABELS = {
+_COLUMNS = {
+    "gain": "gain",
+    "output_spread": "output spread",
+    "direction_norm": "‖V‖",
+    "scale": "exp(g)",
+    "isocline_distance": "off isocline",
+    "rejection_db": "rejection",
+    "effective_lr": "effective lr",
+}
+_PANELS = {
     "output_spread": "output spread",
     "direction_norm": "direction norm ‖V‖",
     "scale": "scale exp(g)",
@@ -108,10 +116,11 @@ _LABELS = {
     "rejection_db": "common-mode rejection, dB",
     "effective_lr": "effective learning rate",
 }
+_LOGARITHMIC = ("output_spread", "effective_lr")
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Tabular):
     """The state of every convolution of a network; printed, a table of medians and ranges.
 
     Attributes:
@@ -124,6 +133,8 @@ class Report:
     layers: tuple[LayerDiagnostics, ...]
     output_spread: float | None = None
     notes: tuple[str, ...] = ()
+
+    _right_aligned = range(1, len(_COLUMNS) + 2)
 
     def as_dict(self) -> dict[str, float]:
         """Return what is known as numbers by name, for loggers.
@@ -169,51 +180,20 @@ class Report:
         from czm_fused._internal.layer_plot import plot_layers
 
         panels = {}
-        for quantity, label in _LABELS.items():
-            known = {e.depth: getattr(e, quantity) for e in self.layers}
-            panels[label] = {d: value for d, value in known.items() if _is_finite(value)}
-        logarithmic = [_LABELS[quantity] for quantity in _LOGARITHMIC]
+        for quantity, label in _PANELS.items():
+            values = {layer.depth: getattr(layer, quantity) for layer in self.layers}
+            panels[label] = {depth: value for depth, value in values.items() if _is_finite(value)}
+        logarithmic = [_PANELS[quantity] for quantity in _LOGARITHMIC]
         return plot_layers([layer.name for layer in self.layers], panels, logarithmic)
 
     def _rows(self) -> list[tuple[str, ...]]:
-        rows: list[tuple[str, ...]] = [_HEADER]
+        rows: list[tuple[str, ...]] = [("layer", "filters", *_COLUMNS.values())]
         for layer in self.layers:
-            rows.append(
-                (
-                    layer.name,
-                    str(layer.filters),
-                    _format(layer.gain),
-                    _format_number(layer.output_spread),
-                    _format(layer.direction_norm),
-                    _format(layer.scale),
-                    _format(layer.isocline_distance),
-                    _format_number(layer.rejection_db, ".1f", " dB"),
-                    _format(layer.effective_lr),
-                )
-            )
-        spread = _format_number(self.output_spread)
-        rows.append(("(output of the model)", "", "", spread, "", "", "", "", ""))
+            cells = (_format(quantity, getattr(layer, quantity)) for quantity in _COLUMNS)
+            rows.append((layer.name, str(layer.filters), *cells))
+        spread = _format("output_spread", self.output_spread)
+        rows.append(("(output of the model)", "", "", spread, *[""] * (len(_COLUMNS) - 2)))
         return rows
-
-    def __str__(self) -> str:
-        table = format_table(self._rows(), right_aligned=range(1, len(_HEADER)))
-        return "\n".join([table, *self.notes])
-
-    def _repr_html_(self) -> str:
-        return format_html(self._rows(), self.notes)
-
-
-_HEADER = (
-    "layer",
-    "filters",
-    "gain",
-    "output spread",
-    "‖V‖",
-    "exp(g)",
-    "off isocline",
-    "rejection",
-    "effective lr",
-)
 
 
 def diagnose(model: nn.Module, images: Any, optimizer: Optimizer | None = None) -> Report:
@@ -251,43 +231,38 @@ def diagnose(model: nn.Module, images: Any, optimizer: Optimizer | None = None) 
     _reshard(model)
     optimizer = _innermost(optimizer)
     groups = _groups_of(model, optimizer)
-    with torch.no_grad():
-        layers = [_measure(name, each, groups, optimizer) for name, each in convolutions.items()]
-    signals = {name: Signals() for name in convolutions}
-    order: list[str] = []
+    signals: dict[str, Signals] = {}  # in the order of execution
+
+    def enter(convolution: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        signals.setdefault(names[convolution], Signals()).enter(convolution, args, kwargs)
+
+    def leave(convolution: Any, args: Any, output: Tensor) -> None:
+        signals[names[convolution]].leave(convolution, args, output)
+
     names = {convolution: name for name, convolution in convolutions.items()}
     hooks: list[RemovableHandle] = []
-    for name, convolution in convolutions.items():
-        hooks += [
-            convolution.register_forward_pre_hook(signals[name].enter, with_kwargs=True),
-            convolution.register_forward_pre_hook(lambda each, _: order.append(names[each])),
-            convolution.register_forward_hook(signals[name].leave),
-        ]
+    for convolution in names:
+        hooks.append(convolution.register_forward_pre_hook(enter, with_kwargs=True))
+        hooks.append(convolution.register_forward_hook(leave))
     try:
-        with preserved(model), _uncompiled():
+        with hooked(hooks), preserved(model), _uncompiled():
             output = run_example(model.eval(), images)
     finally:
-        for hook in hooks:
-            hook.remove()
         _reshard(model)
-    if not order:
+    if not signals:
         raise ValueError("images must reach a convolution of the model, but none ran on them")
-    ranks = {name: depth for depth, name in enumerate(dict.fromkeys([*order, *convolutions]))}
-    measured = [
-        replace(
-            layer,
-            depth=ranks[layer.name],
-            output_spread=signals[layer.name].output_spread(),
-            signal_gain=signals[layer.name].gain(),
+    for name in convolutions:
+        signals.setdefault(name, Signals())
+    with torch.no_grad():
+        layers = tuple(
+            _measure(name, depth, convolutions[name], signal, groups, optimizer)
+            for depth, (name, signal) in enumerate(signals.items())
         )
-        for layer in layers
-    ]
-    measured.sort(key=lambda layer: layer.depth)
     spread = output_spread(output)
-    notes = tuple(_complaints(model, measured, spread))
+    notes = tuple(_complaints(model, layers, spread))
     for note in notes:
         warnings.warn(note, stacklevel=2)
-    return Report(tuple(measured), spread, notes)
+    return Report(layers, spread, notes)
 
 
 def watch(
@@ -331,7 +306,7 @@ _NORMALISATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalRe
 
 
 def _complaints(
-    model: nn.Module, layers: list[LayerDiagnostics], spread: float | None
+    model: nn.Module, layers: tuple[LayerDiagnostics, ...], spread: float | None
 ) -> Iterator[str]:
     """Say what is dead or explodes, and the remedy."""
     # A normalisation makes the spread before it irrelevant, and rescales what comes after it once
@@ -362,7 +337,9 @@ def _complaints(
 
 def _measure(
     name: str,
+    depth: int,
     convolution: Convolution,
+    signals: Signals,
     groups: dict[Tensor, dict[str, Any]],
     optimizer: Optimizer | None,
 ) -> LayerDiagnostics:
@@ -375,17 +352,17 @@ def _measure(
     distances = filter_norms(means) / torch.where(norms > 0, norms, 1)
     lr = float(groups[trained]["lr"]) if trained in groups else None
     return LayerDiagnostics(
-        name,
-        0,
-        len(weight),
-        _spread(norms),
-        None,
-        _spread(direction_norms),
-        _spread(scale),
-        _spread(distances),
-        slices.sum(dim=2).square().sum(dim=1).mean().sqrt().item(),
-        None,
-        None if lr is None else _spread(lr / direction_norms.square()),
+        name=name,
+        depth=depth,
+        filters=len(weight),
+        gain=_spread(norms),
+        output_spread=signals.output_spread(),
+        direction_norm=_spread(direction_norms),
+        scale=_spread(scale),
+        isocline_distance=_spread(distances),
+        shift_gain=slices.sum(dim=2).square().sum(dim=1).mean().sqrt().item(),
+        signal_gain=signals.gain(),
+        effective_lr=None if lr is None else _spread(lr / direction_norms.square()),
     )
 
 
@@ -457,14 +434,12 @@ def _spread(values: Tensor) -> Spread:
     return Spread(*(x.item() for x in (values.quantile(0.5), values.min(), values.max())))
 
 
-def _format(spread: Spread | None) -> str:
-    if spread is None:
+def _format(quantity: str, value: Spread | float | None) -> str:
+    if isinstance(value, Spread):
+        return f"{value.median:.3g} [{value.min:.3g}, {value.max:.3g}]"
+    if value is None or math.isnan(value):
         return "-"
-    return f"{spread.median:.3g} [{spread.min:.3g}, {spread.max:.3g}]"
-
-
-def _format_number(number: float | None, spec: str = ".3g", unit: str = "") -> str:
-    return "-" if number is None or math.isnan(number) else f"{number:{spec}}{unit}"
+    return f"{value:.1f} dB" if quantity == "rejection_db" else f"{value:.3g}"
 
 
 def _is_finite(value: Spread | float | None) -> bool:

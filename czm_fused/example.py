@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from czm_fused.init import Convolution
 
@@ -61,21 +62,48 @@ def zeros_for(model: nn.Module, first: Convolution) -> Tensor:
     Raises:
         ValueError: the model runs on none of the sizes that are tried.
     """
-    weight = first.weight
+    weight, channels = first.weight, first.in_channels
+    shapes = ((1, channels, *[size] * (weight.dim() - 2)) for size in SIZES)
+    zeros = (torch.zeros(each, dtype=weight.dtype, device=weight.device) for each in shapes)
+    return first_that_runs(model, nn.Module.eval, zeros, f"zeros of {channels} channels")
+
+
+def first_that_runs(
+    model: nn.Module, prepare: Callable[[Any], object], examples: Iterable[Tensor], what: str
+) -> Tensor:
+    """Return the first of `examples` on which `model` runs.
+
+    Args:
+        model: the network.
+        prepare: puts the network into the mode to run it in.
+        examples: the inputs to try.
+        what: the examples, in words.
+
+    Raises:
+        ValueError: the model runs on none of them.
+    """
     error: Exception | None = None
-    for size in SIZES:
-        shape = (1, first.in_channels, *[size] * (weight.dim() - 2))
-        example = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+    for example in examples:
         try:
             with preserved(model):
-                run_example(model.eval(), example)
+                prepare(model)
+                run_example(model, example)
             return example
         except Exception as failure:
-            error = failure
+            error = error or failure
     raise ValueError(
-        f"example_input must be given, as the model does not run on zeros of {first.in_channels} "
-        f"channels ({type(error).__name__}: {error}); pass a batch as the model takes it"
+        f"example_input must be given, as the model does not run on {what} "
+        f"({type(error).__name__}: {error}); pass a batch of real inputs"
     ) from error
+
+
+@contextmanager
+def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove `hooks` on exit."""
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.enter_context(hook)
+        yield
 
 
 def run_example(model: nn.Module, example_input: Any) -> Any:
@@ -85,11 +113,14 @@ def run_example(model: nn.Module, example_input: Any) -> Any:
         model: the network, in the mode to run it in.
         example_input: a tensor, a tuple of positional or a dictionary of keyword arguments.
     """
-    args: tuple[Any, ...] = (example_input,)
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_input, Mapping):
-        args, kwargs = (), dict(example_input)
-    elif isinstance(example_input, (tuple, list)):
-        args = tuple(example_input)
     with torch.no_grad():
-        return model(*args, **kwargs)
+        return call(model, example_input)
+
+
+def call(model: nn.Module, example_input: Any) -> Any:
+    """Return what `model` makes of `example_input`, as in `run_example`, with gradients if on."""
+    if isinstance(example_input, Mapping):
+        return model(**example_input)
+    if isinstance(example_input, (tuple, list)):
+        return model(*example_input)
+    return model(example_input)

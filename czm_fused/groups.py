@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from czm_fused._internal.parameters import level_of_caller
-from czm_fused._internal.text import format_html, format_table, shorten
-from czm_fused.example import preserved, run_example
+from czm_fused._internal.text import Tabular, shorten
+from czm_fused.example import hooked, preserved, run_example
 from czm_fused.init import Convolution, check_module, find_stems, is_depthwise, named_convolutions
 from czm_fused.nn import ExpScale
 
@@ -78,12 +79,14 @@ _NOT_SETTINGS = ("name", "params", "param_names")
 _KNOWN = (*HYPERPARAMETERS, *_NOT_SETTINGS, "differentiable", "min_filter_dim", "max_filter_dim")
 
 
-class ParamGroups(list[dict[str, Any]]):
+class ParamGroups(Tabular, list[dict[str, Any]]):
     """Group dictionaries for `FusedCZMSGD`; printed, or shown by a notebook, a table.
 
     Attributes:
         notes: in words, what was decided and why.
     """
+
+    _right_aligned = (1, 2)
 
     def __init__(self, groups: Iterable[dict[str, Any]], notes: Iterable[str] = ()) -> None:
         super().__init__(ParamGroup(group) for group in groups)
@@ -100,13 +103,7 @@ class ParamGroups(list[dict[str, Any]]):
         rows: list[tuple[str, ...]] = [("group", "parameters", "weights", "settings", "names")]
         return rows + [_describe(group) for group in self]
 
-    def __str__(self) -> str:
-        return "\n".join([format_table(self._rows(), right_aligned=(1, 2)), *self.notes])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return format_html(self._rows(), self.notes)
+    __repr__ = Tabular.__str__
 
 
 def czm_param_groups(
@@ -328,14 +325,8 @@ def _first_to_run(
         raise _Reached
 
     hooks = [each.register_forward_pre_hook(stop) for each in convolutions.values()]
-    try:
-        with preserved(model):
-            run_example(model.eval(), example_input)
-    except _Reached:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), suppress(_Reached), preserved(model):
+        run_example(model.eval(), example_input)
     if not reached:
         raise ValueError(
             "example_input must reach a convolution of the model, but none ran on it; "

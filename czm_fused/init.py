@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+
+from czm_fused._internal.undo import undone_on_error
 
 GAIN = 0.8
 """The norm that every filter starts with: exp(g) of the paper's section 3.1."""
@@ -138,7 +139,7 @@ def czm_init_(
     convolutions = named_convolutions(module)
     stems = find_stems(convolutions, stem)
     _check_settable(convolutions)
-    with _undone_on_error(convolutions.values()):
+    with undone_on_error(module, convolutions.values()):
         for name, convolution in convolutions.items():
             keeps_mean = not zero_mean or convolution in stems or is_depthwise(convolution)
             options: dict[str, Any] = {
@@ -202,27 +203,6 @@ def _assign(name: str, convolution: Convolution, key: str, value: Tensor) -> Non
             f"the {key} of convolution {name!r} must keep the value assigned to it, but its "
             f"parametrization {kinds} computes another; {_PARAMETRIZATION_REMEDY}"
         )
-
-
-@contextmanager
-def _undone_on_error(convolutions: Iterable[nn.Module]) -> Iterator[None]:
-    """Restore the parameters and buffers of `convolutions` if the block raises."""
-    # A parametrization is a child of its convolution, and may replace its own buffers.
-    modules = [module for convolution in convolutions for module in convolution.modules()]
-    tables: list[Any] = [table for m in modules for table in (m._parameters, m._buffers)]
-    entries = [(table, dict(table)) for table in tables]
-    tensors = {each for table in tables for each in table.values() if each is not None}
-    contents = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        for table, entry in entries:
-            table.clear()
-            table.update(entry)
-        with torch.no_grad():
-            for tensor, content in contents:
-                tensor.copy_(content)
-        raise
 
 
 def check_module(model: Any) -> None:

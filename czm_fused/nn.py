@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from czm_fused import functional
 from czm_fused.init import CONVOLUTIONS, HOOK_REMEDY, check_module, czm_weight_, is_depthwise
 from czm_fused.ops import exp_scale as ops
+from czm_fused.ops.step.reference import filter_norms
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -45,11 +46,6 @@ torch.fx.wrap("residual_tail")
 torch.fx.wrap("_multiply_by_noise")
 
 
-def _filter_norms(weight: Tensor) -> Tensor:
-    arithmetic = torch.promote_types(weight.dtype, torch.float32)
-    return weight.to(arithmetic).unsqueeze(-1).flatten(1).norm(dim=1)
-
-
 def _directions(weight: Tensor, norms: Tensor) -> Tensor:
     divisors = torch.where(norms > 0, norms, 1).view(-1, *[1] * (weight.dim() - 1))
     return (weight / divisors).to(weight.dtype)
@@ -76,12 +72,12 @@ class _CZMConv(_ConvNd):
     def direction(self) -> Tensor:
         """V = W / ||W||, each filter divided by its norm: a detached copy of the weight's shape."""
         weight = self.weight.detach()
-        return _directions(weight, _filter_norms(weight))
+        return _directions(weight, filter_norms(weight))
 
     @property
     def scale(self) -> Tensor:
         """exp(g) = ||W||, the norm of each filter: a detached tensor of shape (out_channels,)."""
-        return _filter_norms(self.weight.detach()).to(self.weight.dtype)
+        return filter_norms(self.weight.detach()).to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         """Return torch's description of the convolution, with `stem=True` for a stem."""
@@ -128,7 +124,8 @@ class ExpScale(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return V = W / ||W|| and g = log ||W||, g in float32 at least; both 0 where W = 0."""
-        norms = _filter_norms(weight)
+        # A weight may have one dimension, as the gain of an affine layer does.
+        norms = filter_norms(weight.unsqueeze(-1))
         return _directions(weight, norms), torch.where(norms > 0, norms, 1).log()
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from czm_fused.example import preserved, run_example
+from czm_fused.example import hooked, preserved, run_example
 from czm_fused.init import CONVOLUTIONS
 
 OUTPUT = "the output of the model"
@@ -146,12 +146,8 @@ class _Recorder(TorchDispatchMode):
         for module in self.names:
             hooks.append(module.register_forward_pre_hook(self._enter))
             hooks.append(module.register_forward_hook(self._leave, with_kwargs=True))
-        try:
-            with self._watched_norms(), self:
-                result = run_example(self.model, example_input)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with hooked(hooks), self._watched_norms(), self:
+            result = run_example(self.model, example_input)
         for tensor in _tensors(result):
             self._value(tensor).consumers.add(OUTPUT)
         # The result is still held here, so memory that only it shares counts as kept as well:

@@ -1,45 +1,14 @@
-"""Carry out a conversion: fold, replace, and undo everything if it fails."""
+"""Carry out a conversion: fold and replace."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from czm_fused.nn import ChannelAffine, ChannelNoise, Copy, ReLU6
-
-
-@contextmanager
-def undone_on_error(model: nn.Module, changed: Iterable[nn.Module]) -> Iterator[None]:
-    """Restore children and attributes of `model`'s modules if an exception is raised.
-
-    Args:
-        model: the model.
-        changed: its modules whose parameters and buffers are restored as well.
-    """
-    modules = [
-        (module, dict(vars(module)), dict(module._modules), dict(module._parameters))
-        for module in model.modules()
-    ]
-    tensors = [each for module in changed for each in (*module.parameters(), *module.buffers())]
-    contents = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        for module, attributes, children, parameters in modules:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._modules.clear()
-            module._modules.update(children)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-        with torch.no_grad():
-            for tensor, content in contents:
-                tensor.copy_(content)
-        raise
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

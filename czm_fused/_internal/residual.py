@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from czm_fused.example import call, hooked
+
 KEEPS_SCALE = (
     "Adaptive", "Alias", "AsStrided", "Avg", "Clone", "ConstantPad", "Div", "Elu", "Expand",
     "Gelu", "Hardswish", "LeakyRelu", "MaxPool", "Mean", "Mish", "Mul", "NativeDropout", "Permute",
@@ -43,14 +45,11 @@ def branch_ends(
 
     hooks = [each.register_forward_hook(note(name)) for name, each in convolutions.items()]
     try:
-        with torch.enable_grad():
-            output = _call(model, _differentiable(_two_samples(example_input)))
+        with hooked(hooks), torch.enable_grad():
+            output = call(model, _differentiable(_two_samples(example_input)))
     except Exception:
         # A batch of two, or gradients, can be more than a model allows: it has no branches then.
         return set()
-    finally:
-        for hook in hooks:
-            hook.remove()
     leaves = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
     order = _inputs_first([leaf.grad_fn for leaf in leaves if leaf.grad_fn is not None])
     depths: dict[Any, int] = {}
@@ -134,11 +133,3 @@ def _differentiable(example_input: Any) -> Any:
         return x
 
     return tree_map(copy, example_input)
-
-
-def _call(model: nn.Module, example_input: Any) -> Any:
-    if isinstance(example_input, Mapping):
-        return model(**example_input)
-    if isinstance(example_input, (tuple, list)):
-        return model(*example_input)
-    return model(example_input)

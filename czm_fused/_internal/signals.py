@@ -59,9 +59,17 @@ def output_spread(output: Any) -> float | None:
     The spread is the standard deviation over samples and positions, the root mean square over
     channels.
     """
+    measured = first_floating_point(output)
+    if measured is None:
+        return None
+    return _variance(measured if measured.dim() > 1 else measured.unsqueeze(1)).sqrt().item()
+
+
+def first_floating_point(output: Any) -> Tensor | None:
+    """Return the first floating-point tensor with a dimension in what a model returned, if any."""
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0:
-            return _variance(leaf if leaf.dim() > 1 else leaf.unsqueeze(1)).sqrt().item()
+            return leaf
     return None
 
 

@@ -10,6 +10,23 @@ from html import escape
 from itertools import accumulate
 
 
+class Tabular:
+    """Prints as a table with notes below it, and shows as one in a notebook."""
+
+    notes: tuple[str, ...]
+    _right_aligned: Collection[int] = ()
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """Return the cells, the first row of them the header."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return "\n".join([format_table(self._rows(), self._right_aligned), *self.notes])
+
+    def _repr_html_(self) -> str:
+        return format_html(self._rows(), self.notes)
+
+
 def format_table(rows: Sequence[Sequence[str]], right_aligned: Collection[int] = ()) -> str:
     """Return `rows`, the first of them the header, in aligned columns.
 

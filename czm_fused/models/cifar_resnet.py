@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
+from .._internal.replacement import replace_modules
 from ..nn import CZMBasicBlock, CZMConv2d, residual_tail
 
 NORMS = ("czm", "bn", "none")
@@ -79,7 +78,9 @@ def cifar_resnet(
         residual_bias=residual_bias,
     )
     if norm != "czm":
-        _replace_convolutions(model, _with_batch_norm if norm == "bn" else _plain)
+        baseline = _with_batch_norm if norm == "bn" else _plain
+        convolutions = [each for each in model.modules() if isinstance(each, CZMConv2d)]
+        replace_modules(model, {each: baseline(each) for each in convolutions})
         model.classifier.reset_parameters()
     return model
 
@@ -153,11 +154,3 @@ def _plain(convolution: CZMConv2d, bias: bool | None = None) -> nn.Conv2d:
         padding=1,
         bias=convolution.bias is not None if bias is None else bias,
     )
-
-
-def _replace_convolutions(module: nn.Module, baseline: Callable[[CZMConv2d], nn.Module]) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, CZMConv2d):
-            setattr(module, name, baseline(child))
-        else:
-            _replace_convolutions(child, baseline)

@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from .cli import parse_run
             from .run import run
 
-            line, resumed = parse_run(arguments)
-            run(line, resumed=resumed, may_replace=line.overwrite)
+            line, resume = parse_run(arguments)
+            run(line, resume=resume, overwrite=line.overwrite)
         sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes stdout once more when it exits.

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from .config import Config
 from .data import DataSet
@@ -24,19 +23,16 @@ class Normalisation:
     """Shift and scale every channel to zero mean and unit deviation over the uint8 `pixels`."""
 
     def __init__(self, pixels: Tensor) -> None:
-        # Sums of whole numbers are exact in float64, in parts that keep the copies small.
-        sums = [
-            torch.stack([part.double().pow(power).sum((0, 2, 3)) for power in (1, 2)])
-            for part in pixels.split(max(1, 2**22 // max(1, pixels[0].numel())))
-        ]
-        mean, square = torch.stack(sums).sum(0) / (pixels.numel() / pixels.shape[1])
-        std = (square - mean.square()).clamp(min=0).sqrt()
+        levels = torch.arange(256, dtype=torch.float64, device=pixels.device)
+        channels = [channel.flatten().bincount(minlength=256) for channel in pixels.unbind(1)]
+        counts, total = torch.stack(channels).double(), pixels[:, 0].numel()
+        mean = counts @ levels / total
+        std = (counts @ levels.square() / total - mean.square()).clamp(min=0).sqrt()
         self.mean = mean.float()[:, None, None]
         self.std = torch.where(std > 0, std, 1.0).float()[:, None, None]
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        normalised: Tensor = (pixels.float() - self.mean) / self.std
-        return normalised
+        return (pixels.float() - self.mean) / self.std
 
 
 def augment(pixels: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
@@ -113,14 +109,13 @@ class LoaderBatches:
     """Batches of the user's DataLoader, or of a pair of them for training and test, as they are."""
 
     def __init__(self, data: Any, device: torch.device) -> None:
-        loaders: tuple[Any, ...] = tuple(data) if isinstance(data, (tuple, list)) else (data,)
-        if len(loaders) not in (1, 2) or not isinstance(loaders[0], (DataLoader, Iterable)):
+        loaders = tuple(data) if isinstance(data, (tuple, list)) else (data,)
+        if len(loaders) not in (1, 2) or not isinstance(loaders[0], Iterable):
             raise TrainingError(
                 "data must be a folder, a DataLoader or a pair of DataLoaders (training, test), "
                 f"but was {type(data).__name__}"
             )
-        self._loaders: tuple[Iterable[Any], ...] = loaders
-        self._device = device
+        self._loaders, self._device = loaders, device
         self._sample: Tensor | None = None
         self.has_test = len(loaders) == 2 and loaders[1] is not None
 
@@ -147,6 +142,7 @@ class LoaderBatches:
     def normalise(self, images: Tensor) -> Tensor:
         return images
 
-    def sample(self, images: int) -> Tensor | None:
-        """Return the first images that were loaded."""
-        return None if self._sample is None else self._sample[:images]
+    def sample(self, images: int) -> Tensor:
+        """Return the first images that were loaded, of a training that has begun."""
+        assert self._sample is not None
+        return self._sample[:images]

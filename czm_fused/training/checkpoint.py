@@ -6,28 +6,26 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from .errors import TrainingError
+from .errors import TrainingError, explained
 
 FILE_NAME = "checkpoint.pt"
-FORMAT = "czm-train checkpoint 3"
-# Follows torch's zip archive, and is followed by the SHA-256 of the archive. torch.load reads
-# such a file too: zip readers look for the archive's directory from the end.
-_MARK = b"czm-train sha256"
+FORMAT = b"czm-train checkpoint 4"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state`, of tensors and plain values, to `path`, which is replaced whole."""
     archive = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, archive)
+    torch.save(state, archive)
     content = archive.getvalue()
     with replacing(path) as file:
-        file.write(content + _MARK + hashlib.sha256(content).digest())
+        # torch.load reads such a file too: it looks for the archive's directory from the end.
+        file.write(content + _digest(content))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -39,18 +37,21 @@ def load(path: Path) -> dict[str, Any]:
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
         raise TrainingError(f"no checkpoint at {path}: start without --resume")
-    content, mark, digest = path.read_bytes().rpartition(_MARK)
-    is_marked = len(digest) == hashlib.sha256().digest_size
-    if is_marked and digest != hashlib.sha256(content).digest():
-        raise TrainingError(f"the checkpoint {path} is damaged: its checksum does not fit")
-    try:
-        archive = io.BytesIO(content + mark + digest)
-        state = torch.load(archive, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in whichever parser meets the damage
-        raise TrainingError(f"the checkpoint {path} is truncated or damaged") from error
-    if not is_marked or not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise TrainingError(f"{path} is not a checkpoint of this version of czm-train")
+    file = path.read_bytes()
+    content = file[: -len(_digest(b""))]
+    if file != content + _digest(content):
+        raise TrainingError(
+            f"{path} is truncated or damaged, or not a checkpoint of this version of czm-train"
+        )
+    with explained(f"cannot read the checkpoint {path}"):
+        state: dict[str, Any] = torch.load(
+            io.BytesIO(content), map_location="cpu", weights_only=True
+        )
     return state
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(FORMAT + content).digest()
 
 
 @contextmanager
@@ -66,9 +67,3 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-    with suppress(OSError):  # not every system can flush a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

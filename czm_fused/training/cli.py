@@ -8,7 +8,7 @@ import difflib
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import dropwhile, pairwise, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,23 +70,19 @@ def read(kind: type[T], arguments: Sequence[str], prog: str = "czm-train", **key
 
 
 def parse(
-    kind: type[C],
-    arguments: Sequence[str],
-    base: Mapping[str, Any] | None = None,
-    prog: str = "czm-train",
+    kind: type[C], arguments: Sequence[str], base: Sequence[str] = (), prog: str = "czm-train"
 ) -> C:
     """Return the options in `arguments`, over those of a YAML file, of `base`, and the defaults."""
     path = _value_of("--config", arguments)
-    given = to_arguments(_yaml(path)) if path else []
-    chosen = (_value_of(name, [*given, *arguments]) for name in ("--method", "--dataset"))
-    default = kind(**{**known(*chosen), **(base or {})})
-    if given:
-        default = read(kind, given, f"{prog} --config {path}", default=default)
-    found: C = read(kind, arguments, prog, default=default)
-    return found
+    if path:
+        prog, base = f"{prog} --config {path}", [*base, *to_arguments(_yaml(path))]
+    arguments = [*base, *arguments]
+    chosen = (_value_of(name, arguments) for name in ("--method", "--dataset"))
+    options: C = read(kind, arguments, prog, default=kind(**known(*chosen)))
+    return options
 
 
-def parse_run(arguments: Sequence[str]) -> tuple[CommandLine, dict[str, Any] | None]:
+def parse_run(arguments: Sequence[str]) -> tuple[CommandLine, Path | None]:
     """Return the options of a run, and the checkpoint that it resumes or None."""
     # A bare --resume resumes what is in --out.
     arguments = [
@@ -96,14 +92,13 @@ def parse_run(arguments: Sequence[str]) -> tuple[CommandLine, dict[str, Any] | N
     resume = _value_of("--resume", arguments)
     if resume is None:
         return parse(CommandLine, arguments), None
-    source = Path(resume or parse(CommandLine, arguments).run_folder)
-    state = checkpoint.load(source)
-    source = source if source.is_dir() else source.parent
-    saved = from_saved(state.get("config"))
-    line = parse(CommandLine, arguments, {**saved.as_dict(), "out": str(source)})
+    file = Path(resume or parse(CommandLine, arguments).run_folder)
+    file = file / checkpoint.FILE_NAME if file.is_dir() else file
+    saved = from_saved(checkpoint.load(file).get("config"))
+    base = to_arguments({**saved.as_dict(), "out": file.parent})
+    line = parse(CommandLine, arguments, base)
     check_resumed(line, saved)
-    in_place = line.run_folder.resolve() == source.resolve()
-    return replace(line, overwrite=line.overwrite or in_place), state
+    return line, file
 
 
 def to_arguments(values: Mapping[str, Any]) -> list[str]:

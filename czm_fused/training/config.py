@@ -14,6 +14,7 @@ from .errors import TrainingError, explained
 
 Method: TypeAlias = Literal["czmig", "czmi", "bn", "plain"]
 Dataset: TypeAlias = Literal["digits", "imagefolder", "cifar10"]
+PlotFormat: TypeAlias = Literal["png", "svg", "pdf"]
 
 _CZM = dict(lr=0.4, head_lr=0.1, zmg=0.85, luma=5e-4, weight_decay=0.0, noise=0.1)
 _SGD = dict(lr=0.1, zmg=0.0, luma=0.0, weight_decay=5e-4, noise=0.0)
@@ -125,7 +126,7 @@ class Config:
     """Make the step of a full batch one CUDA graph, from augmentation to optimizer."""
     out: str | None = None
     """Folder of the run (default: runs/<dataset>-<method>-<depth>-s<seed>)."""
-    plot_format: Literal["png", "svg", "pdf"] = "png"
+    plot_format: PlotFormat = "png"
     """File format of the plots."""
 
     def __post_init__(self) -> None:

@@ -210,13 +210,10 @@ def _decode_all(paths: Sequence[str]) -> Tensor:
             )
         pixels[index] = image
 
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = pool.map(decode_into_place, range(len(paths)))
         for _ in tqdm(done, "decoding", len(paths), unit="img", disable=None, leave=False):
             pass
-    finally:
-        pool.shutdown(cancel_futures=True)
     return pixels
 
 

@@ -52,7 +52,7 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Return `value` of every process, in the order of the ranks."""
-        values: list[Any] = [value] * self.size
+        values = [value] * self.size
         if self.size > 1:
             distributed.all_gather_object(values, value)
         return values

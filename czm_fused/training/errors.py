@@ -14,6 +14,10 @@ class DivergedError(TrainingError):
     """The loss became infinite or NaN."""
 
 
+class CheckpointError(TrainingError):
+    """A run cannot go on from its checkpoint, here or with these options."""
+
+
 @contextmanager
 def explained(what: str, remedy: str = "") -> Iterator[None]:
     """Raise an error of the block as a TrainingError: `what (its first line): remedy`."""

@@ -8,13 +8,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
 from . import checkpoint, metrics
 from .cli import read
-from .config import LOCAL, METHOD_DEFAULTS, WITHOUT_EFFECT, difference
+from .config import LOCAL, METHOD_DEFAULTS, WITHOUT_EFFECT, PlotFormat, difference
 from .errors import TrainingError, explained
 from .plots import MAGNITUDE, curves, name_network, panels, spread
 from .run import SUMMARY
@@ -61,7 +61,7 @@ class Figures:
     """Of table1, or of several runs of czm-train."""
     out: str | None = None
     """Folder of the figures (default: figures in --folder)."""
-    plot_format: Literal["png", "svg", "pdf"] = "png"
+    plot_format: PlotFormat = "png"
     """File format of the figures."""
 
 

@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
+import torch
 from torch import Tensor
 
 from .checkpoint import replacing
@@ -23,7 +21,8 @@ QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95
 
 def quantiles(values: Tensor) -> dict[str, float]:
     """Return the `QUANTILES` of a 1-d tensor by name."""
-    found = np.quantile(values.double().cpu().numpy(), list(QUANTILES.values()))
+    shares = torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
+    found = values.double().cpu().quantile(shares)
     return dict(zip(QUANTILES, found.tolist(), strict=True))
 
 
@@ -40,9 +39,7 @@ def rejection_is_due(epoch: int, epochs: int, times: int = 20) -> bool:
 class Log:
     """The records of a run's epochs: one JSON object a line, mirrored as TensorBoard scalars.
 
-    Args:
-        folder: the run's.
-        history: records of the epochs before.
+    Goes on after `history`, and removes the records of later epochs.
     """
 
     def __init__(self, folder: Path, history: list[dict[str, Any]]) -> None:
@@ -50,24 +47,24 @@ class Log:
 
         self._file = folder / FILE_NAME
         self._write(history)
-        first = len(history) + 1
-        self._events = SummaryWriter(str(folder), purge_step=first, filename_suffix=EVENTS_SUFFIX)
+        self._events = SummaryWriter(
+            str(folder), purge_step=len(history) + 1, filename_suffix=EVENTS_SUFFIX
+        )
 
     def add(self, history: list[dict[str, Any]]) -> None:
         """Write the history of the run, whose last record is new."""
+        import pandas as pd
+
         self._write(history)
-        scalars = pd.json_normalize(history[-1], sep="/").iloc[0].dropna()
-        epoch = int(scalars.pop("epoch"))
-        for name, value in scalars.items():
+        numbers = pd.json_normalize(history[-1], sep="/").iloc[0].dropna()
+        epoch = int(numbers.pop("epoch"))
+        for name, value in numbers.items():
             self._events.add_scalar(re.sub("^(train|test)_", r"\1/", name), value, epoch)
         self._events.flush()
 
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # `add` has reported a full disk
-            self._events.close()
+    def close(self) -> None:
+        """Close the file of events."""
+        self._events.close()
 
     def _write(self, history: list[dict[str, Any]]) -> None:
         with replacing(self._file) as file:

@@ -71,12 +71,12 @@ def curves(axes: Any, frame: pd.DataFrame, quantity: str, **style: Any) -> None:
 
 @contextmanager
 def panels(
-    path: Path, title: str, quantities: Sequence[str], note: str = "", columns: int = 2
+    path: Path, title: str, quantities: Sequence[str], note: str = ""
 ) -> Iterator[list[Any]]:
     """Yield the axes of a panel for each quantity over the epochs; write the figure to `path`.
 
-    One legend, of `columns` and below the panels, names every curve once and explains the bands by
-    `note`. Percentages stay in their range, and magnitudes begin at zero.
+    One legend below the panels names the curves of the first and explains the bands by `note`.
+    Percentages stay in their range, and magnitudes begin at zero.
 
     Raises:
         OSError: the file cannot be written.
@@ -92,7 +92,8 @@ def panels(
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     yield row
-    named: dict[str, Any] = {}
+    handles, labels = row[0].get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
     for axes, quantity in zip(row, quantities, strict=True):
         axes.set_ylabel(quantity)
         low, high = axes.get_ylim()
@@ -100,12 +101,10 @@ def panels(
             axes.set_ylim(max(0.0, low), min(101.0, high))
         elif quantity == MAGNITUDE:
             axes.set_ylim(bottom=0)
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            named.setdefault(label, handle)
         if axes.get_legend():
             axes.get_legend().remove()
     figure.legend(
-        named.values(), named.keys(), loc="outside lower center", ncols=columns, frameon=False,
+        named.values(), named.keys(), loc="outside lower center", ncols=2, frameon=False,
         fontsize="small", title=note, title_fontsize="small",
     )  # fmt: skip
     with replacing(path) as file:

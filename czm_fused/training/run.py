@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from filelock import FileLock, Timeout
@@ -21,15 +19,14 @@ from torch import nn
 from ..ops import backends
 from . import checkpoint, data, distributed, metrics, plots
 from .checkpoint import replacing
-from .config import Config, check_resumed, from_saved, option
-from .errors import DivergedError, TrainingError, explained
+from .config import Config, PlotFormat, check_resumed, from_saved, option
+from .errors import CheckpointError, DivergedError, TrainingError, explained
 from .methods import direction_norms, uses_czm
 from .trainer import Trainer
 
 SUMMARY = "summary.json"
 LOCK = "run.lock"
 PLOTS = ("accuracy", "filters")
-_ACCURACIES = ("train_accuracy", "test_accuracy")
 
 
 @dataclass(frozen=True)
@@ -88,24 +85,24 @@ def train(
         config, data = replace(config, dataset="imagefolder", data_dir=str(data)), None
     elif distributed.is_launched() or config.cuda_graph:
         raise TrainingError("a DataLoader is for one process without cuda_graph: give a folder")
-    resumed = None
-    if resume and (config.run_folder / checkpoint.FILE_NAME).exists():
-        resumed = checkpoint.load(config.run_folder)
-        check_resumed(config.checked(), from_saved(resumed["config"]))
-    may_replace = overwrite or resumed is not None
-    user: dict[str, Any] = {"model": model, "loaders": data, "title": name}
-    return run(config, resumed=resumed, may_replace=may_replace, **user)
+    resumed = existing(config) if resume else None
+    return run(config, resume=resumed, overwrite=overwrite, model=model, loaders=data)
+
+
+def existing(config: Config) -> Path | None:
+    """Return the checkpoint of the run, if there is one."""
+    file = config.run_folder / checkpoint.FILE_NAME
+    return file if file.exists() else None
 
 
 def run(
     config: Config,
     *,
-    resumed: dict[str, Any] | None = None,
-    may_replace: bool = False,
+    resume: Path | None = None,
+    overwrite: bool = False,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     model: nn.Module | None = None,
     loaders: Any = None,
-    title: str | None = None,
 ) -> TrainingResult:
     """Train as `config` says into the folder of the run.
 
@@ -113,16 +110,20 @@ def run(
     before all else and after each epoch. Of the processes of `torchrun`, the first writes.
 
     Args:
-        resumed: checkpoint to go on from.
-        may_replace: True replaces the run that the folder holds.
+        resume: checkpoint to go on from; its run may be replaced by what follows.
+        overwrite: True replaces the run that the folder holds.
         on_epoch: called with the record of each epoch once its checkpoint is written.
         model: the user's network; None builds the config's.
         loaders: the user's DataLoaders; None loads the config's data set.
-        title: of the plots.
+
+    Raises:
+        CheckpointError: the run cannot go on from `resume`.
+        TrainingError: something else does not fit; the message says what.
     """
     config = config.checked()
     folder = config.run_folder
-    check_folder(folder, may_replace)
+    if resume is None or resume.parent.resolve() != folder.resolve():
+        check_folder(folder, overwrite)
     device = pick_device(config.device)
     check_options(config, device)
     with distributed.joined(device) as ranks:
@@ -133,44 +134,52 @@ def run(
             trainer = Trainer(config, loaders, device, ranks, model)
         except ValueError as error:
             raise TrainingError(str(error)) from error
-        history, seconds = [], 0.0
-        if resumed is not None:
-            with explained("the checkpoint is damaged"):
-                trainer.load_state_dict(resumed["trainer"])
-                history, seconds = list(resumed["history"]), float(resumed["seconds"])
+        history = _go_on(trainer, resume) if resume is not None else []
         writes = ranks.rank == 0
 
         def save() -> None:
             # Every rank takes part in its trainer's state.
-            state: dict[str, Any] = {"config": config.as_dict(), "trainer": trainer.state_dict()}
+            state = {"trainer": trainer.state_dict(), "config": config.as_dict()}
             if writes:
-                state.update(history=history, seconds=seconds)
-                checkpoint.save(folder / checkpoint.FILE_NAME, state)
+                checkpoint.save(folder / checkpoint.FILE_NAME, {**state, "history": history})
 
-        with locked(folder) if writes else nullcontext(), _resumable(folder):
-            with uninterrupted():
-                if writes:
-                    _remove_old_files(folder, keep_events=bool(history))
-                # First of all files: it tells that the folder is a run of czm-train.
+        with ExitStack() as stack:
+            if writes:
+                stack.enter_context(locked(folder))
+                _remove_old_files(folder, keep_events=bool(history))
+            # First of all files: it tells that the folder is a run of czm-train.
+            save()
+            stack.enter_context(_resumable(folder, history))
+            log = stack.enter_context(closing(metrics.Log(folder, history))) if writes else None
+            while trainer.epoch < config.epochs:
+                record = _epoch(trainer)
+                history.append(record)
+                if log is not None:
+                    # Before the checkpoint: a run that is resumed removes the records beyond it.
+                    log.add(history)
                 save()
-            with metrics.Log(folder, history) if writes else nullcontext() as log:
-                while trainer.epoch < config.epochs:
-                    record = _epoch(trainer)
-                    history.append(record)
-                    seconds += record["seconds"]
-                    with uninterrupted():
-                        save()
-                        if log is not None:
-                            log.add(history)
-                            print(metrics.describe(record, config.epochs), flush=True)
-                        if on_epoch is not None:
-                            on_epoch(record)
-            accuracies = {name: history[-1][name] for name in _ACCURACIES if name in history[-1]}
-            summary = {**config.as_dict(), "seconds": seconds, **accuracies}
+                if writes:
+                    print(metrics.describe(record, config.epochs), flush=True)
+                if on_epoch is not None:
+                    on_epoch(record)
+            summary = {**config.as_dict(), "seconds": sum(each["seconds"] for each in history)}
+            summary |= {name: x for name, x in history[-1].items() if name.endswith("accuracy")}
             result = TrainingResult(folder, history, trainer.model, summary)
             if writes:
-                _write_results(result, title)
+                network = plots.name_network(summary) if model is None else type(model).__name__
+                _write_results(result, f"{network}, {config.method}")
     return result
+
+
+def _go_on(trainer: Trainer, source: Path) -> list[dict[str, Any]]:
+    """Load the checkpoint at `source` into `trainer`; return the records of its epochs."""
+    try:
+        saved = checkpoint.load(source)
+        check_resumed(trainer.config, from_saved(saved["config"]))
+        trainer.load_state_dict(saved["trainer"])
+    except TrainingError as error:
+        raise CheckpointError(f"{source.parent}: {error}") from error
+    return list(saved["history"])
 
 
 def _epoch(trainer: Trainer) -> dict[str, Any]:
@@ -191,39 +200,21 @@ def _epoch(trainer: Trainer) -> dict[str, Any]:
 
 
 @contextmanager
-def _resumable(folder: Path) -> Iterator[None]:
+def _resumable(folder: Path, history: Sequence[Any]) -> Iterator[None]:
     """Say in errors of the block how to go on from the checkpoint in `folder`."""
-    file = folder / checkpoint.FILE_NAME
     try:
         yield
     except DivergedError as error:
-        epoch = checkpoint.load(file)["trainer"]["epoch"]
         raise DivergedError(
-            f"{error}; {file} holds the run after epoch {epoch}; lower learning rates may help"
+            f"{error}; {folder / checkpoint.FILE_NAME} holds the run after epoch {len(history)}; "
+            "lower learning rates may help"
         ) from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue with: czm-train --resume {folder}") from None
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block has ended: it could leave a file or a lock half done."""
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield
-        return
-    asked: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *signal_and_frame: asked.append(signal_and_frame))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if asked:
-        previous(*asked[0])
-
-
-def check_folder(folder: Path, may_replace: bool) -> None:
-    """Raise TrainingError unless the folder of a run is free, or a run that may be replaced."""
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Raise TrainingError unless the folder is free, or holds a run that may be replaced."""
     files = folder.iterdir() if folder.exists() else ()
     names = {path.name for path in files if path.suffix != ".tmp"} - {LOCK}
     if not names:
@@ -232,7 +223,7 @@ def check_folder(folder: Path, may_replace: bool) -> None:
         raise TrainingError(
             f"--out {folder} holds other files ({min(names)}) and no run: choose an empty folder"
         )
-    if not may_replace:
+    if not overwrite:
         raise TrainingError(
             f"--out {folder} holds a run: continue it with --resume, replace it with --overwrite, "
             "or choose another --out"
@@ -242,11 +233,10 @@ def check_folder(folder: Path, may_replace: bool) -> None:
 
 def _remove_old_files(folder: Path, keep_events: bool) -> None:
     """Remove what another run, or the one that is resumed, has left in its folder."""
-    if (folder / checkpoint.FILE_NAME).exists():
-        own = [SUMMARY, *(f"{name}.{kind}" for name in PLOTS for kind in ("png", "svg", "pdf"))]
-        events = [] if keep_events else folder.glob(f"events.*{metrics.EVENTS_SUFFIX}")
-        for file in (*(folder / name for name in own), *events):
-            file.unlink(missing_ok=True)
+    names = [SUMMARY, *(f"{name}.{kind}" for name in PLOTS for kind in get_args(PlotFormat))]
+    events = [] if keep_events else folder.glob(f"events.*{metrics.EVENTS_SUFFIX}")
+    for file in (*(folder / name for name in names), *events):
+        file.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -258,15 +248,12 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, is_singleton=True)
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        with lock.acquire(timeout=-1 if wait else 0):
+            yield
     except Timeout as error:
         raise TrainingError(
             f"another process trains in --out {folder}: wait for it, or choose another --out"
         ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def check_options(config: Config, device: torch.device) -> None:
@@ -289,26 +276,24 @@ def pick_device(name: str) -> torch.device:
 
     Each of several processes that `torchrun` starts on a machine takes a GPU of its own.
     """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = "cpu" if found is None or found.type == "mps" else found.type
     with explained(f"--device {name} is not available here", "use --device cpu, or auto"):
-        if name == "auto":
-            found = torch.accelerator.current_accelerator(check_available=True)
-            device = torch.device("cpu") if found is None or found.type == "mps" else found
-        else:
-            device = torch.device({"gpu": "cuda"}.get(name, name))
-            torch.ones(1, device=device).item()
+        device = torch.device(name)
         if device.type == "mps":
             raise RuntimeError("czm-train trains on CPUs and CUDA GPUs")
-        if device.type == "cpu":
-            return device
-        here = os.environ.get("LOCAL_RANK", torch.accelerator.current_device_index())
-        index = int(here) if device.index is None else device.index
-        torch.accelerator.set_device_index(index)
-        return torch.device(device.type, index)
+        if device.type != "cpu" and device.index is None:
+            index = os.environ.get("LOCAL_RANK", torch.accelerator.current_device_index())
+            device = torch.device(device.type, int(index))
+        if device.type != "cpu":
+            torch.accelerator.set_device_index(device)
+        torch.ones(1, device=device).item()
+    return device
 
 
-def _write_results(result: TrainingResult, title: str | None) -> None:
+def _write_results(result: TrainingResult, title: str) -> None:
     folder, summary = result.folder, result.summary
-    title = f"{title or plots.name_network(summary)}, {summary['method']}"
     try:
         plots.draw_run(folder, summary["plot_format"], result.history, title)
     except OSError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 import time
 import warnings
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,13 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 from sqlalchemy.exc import DBAPIError
 
-from . import checkpoint, distributed
+from . import distributed
 from .cli import Options
-from .config import LOCAL, Config, check_resumed, difference, from_saved
-from .errors import DivergedError, TrainingError, explained
-from .run import SUMMARY, locked, pick_device, run
+from .config import LOCAL, Config, difference
+from .errors import CheckpointError, DivergedError, TrainingError, explained
+from .run import existing, locked, run
 
 FORMAT = 2
-
-
-class PassedOver(TrainingError):
-    """One run of a study cannot be trained here; the others can. No message: it need not be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +65,13 @@ def open_study(
     url = options.storage or f"sqlite:///{file}"
     remedy = "check --storage and its driver, or leave it out for a file in --folder"
     with explained(f"cannot reach the storage {url}", remedy):
-        storage, pruner = _connect(url, options.heartbeat), pruner or optuna.pruners.NopPruner()
         study = optuna.create_study(
-            storage=storage, pruner=pruner, study_name=name, direction="maximize",
+            storage=_connect(url, options.heartbeat),
+            pruner=pruner or optuna.pruners.NopPruner(),
+            study_name=name,
+            direction="maximize",
             load_if_exists=True,
-        )  # fmt: skip
+        )
         if protocol is None:
             return study
         ignored = {*LOCAL, "seed"}
@@ -83,14 +82,13 @@ def open_study(
         if "protocol" not in study.user_attrs:
             study.set_user_attr("protocol", {"format": FORMAT, "rows": shared})
         saved = study.user_attrs["protocol"]
-    if saved.get("format") != FORMAT or saved["rows"].keys() != shared.keys():
+    if saved["format"] != FORMAT:
         raise TrainingError(
             f"the study in {url} was begun by another version of czm-train: go on with that "
             "version, or choose another --folder"
         )
     for row, values in shared.items():
-        found = difference(saved["rows"][row], values, ())
-        if found:
+        if found := difference(saved["rows"][row], values, ()):
             raise TrainingError(
                 f"the study in {url} was begun with {found} ({row}): give the same options, or "
                 "choose another --folder"
@@ -101,15 +99,13 @@ def open_study(
 def _connect(url: str, heartbeat: int) -> optuna.storages.RDBStorage:
     # SQLite makes writers wait for each other; a server knows no such argument.
     engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None
-
-    def connect() -> optuna.storages.RDBStorage:
-        return optuna.storages.RDBStorage(
-            url,
-            engine,
-            heartbeat_interval=heartbeat,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
-        )
-
+    connect = partial(
+        optuna.storages.RDBStorage,
+        url,
+        engine,
+        heartbeat_interval=heartbeat,
+        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+    )
     for _ in range(10):
         # Workers that start together create the tables together, and all but one fail.
         with suppress(DBAPIError):
@@ -126,7 +122,7 @@ def first_number(study: optuna.Study, number: int) -> int:
 
 def work(
     study: optuna.Study,
-    config_of: Callable[[optuna.Trial], Config],
+    config_of: Callable[[optuna.Trial], Config | None],
     heartbeat: int,
     trials: int = 0,
 ) -> list[str]:
@@ -135,7 +131,7 @@ def work(
     Returns the reasons for which runs were passed over.
 
     Args:
-        config_of: returns the config of a trial's run.
+        config_of: returns the config of a trial's run; None where another trial has the run.
         trials: how many to begin beside those that wait in the study.
     """
     reasons: list[str] = []
@@ -148,18 +144,23 @@ def work(
                 raise optuna.TrialPruned
 
         try:
-            return train_or_resume(config_of(trial), report)
+            config = config_of(trial)
+            if config is None:
+                return math.nan  # which Optuna counts as failed
+            # A worker that counted as dead may train on: until it has noticed, it holds the lock.
+            with locked(config.run_folder, wait=True):
+                result = run(config, resume=existing(config), on_epoch=report)
         except DivergedError as error:
             print(f"diverged: {error}", flush=True)
             raise optuna.TrialPruned(str(error)) from error
-        except PassedOver as error:
-            if str(error):
-                reasons.append(str(error))
-                print(f"passed over: {error}", flush=True)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            print(f"passed over: {error}", flush=True)
             raise
         except KeyboardInterrupt:
             RetryHeartbeatStaleTrialCallback()(study, study.trials[trial.number])
             raise KeyboardInterrupt("the same command goes on from here") from None
+        return float(result.summary["test_accuracy"])
 
     told = False
     while True:
@@ -169,7 +170,7 @@ def work(
         if counts[TrialState.WAITING] or begun < trials:
             told = False
             try:
-                lost = (PassedOver, optuna.exceptions.UpdateFinishedTrialError)
+                lost = (CheckpointError, optuna.exceptions.UpdateFinishedTrialError)
                 study.optimize(objective, n_trials=1, catch=lost)
             except ValueError as error:
                 # A worker that counted as dead, for instance while suspended, has its results
@@ -188,27 +189,3 @@ def work(
                     flush=True,
                 )
             time.sleep(min(5.0, heartbeat))
-
-
-def train_or_resume(config: Config, on_epoch: Callable[[dict[str, Any]], None]) -> float:
-    """Train a run, or what is left of it; return its test accuracy in the final epoch.
-
-    Raises PassedOver where what its folder holds cannot be resumed here.
-    """
-    folder = config.run_folder
-    # A worker that counted as dead may train on: until it has noticed, it holds the lock.
-    with locked(folder, wait=True):
-        resumed = None
-        if (folder / checkpoint.FILE_NAME).exists():
-            try:
-                resumed = checkpoint.load(folder)
-                check_resumed(config, from_saved(resumed["config"]))
-                begun, here = resumed["trainer"]["device_type"], pick_device(config.device).type
-            except (TrainingError, LookupError, TypeError) as error:
-                raise PassedOver(f"{folder}: {error}") from error
-            if (folder / SUMMARY).exists():
-                return float(json.loads((folder / SUMMARY).read_text())["test_accuracy"])
-            if begun != here:
-                raise PassedOver(f"{folder}: begun on {begun}, and this worker trains on {here}")
-        result = run(config, resumed=resumed, may_replace=resumed is not None, on_epoch=on_epoch)
-        return float(result.summary["test_accuracy"])

@@ -17,14 +17,13 @@ from scipy import stats
 
 from .checkpoint import replacing
 from .cli import parse, to_arguments
-from .config import Config, Dataset, option
+from .config import WITHOUT_EFFECT, Config, Dataset, option
 from .errors import TrainingError
 from .plots import name_network
 from .run import pick_device
-from .study import PassedOver, StudyOptions, open_study, work
+from .study import StudyOptions, open_study, work
 
 ROW_OPTIONS = ("method", "lr", "zmg", "noise")
-_CZM_ONLY = ("head_lr", "luma", "classifier_luma", "residual_bias", "gain", "stem")
 _EXPLANATION = """\
 Test accuracy after the final epoch: mean ± standard deviation over n seeds, and the 95 % interval
 of the mean (Student's t). p: Welch's two-sided t-test against BatchNorm, not corrected for the
@@ -93,7 +92,7 @@ class Row:
             TrainingError: a value is out of range, or the study itself sets the option.
         """
         own = {name: getattr(self, name) for name in ROW_OPTIONS}
-        given = parse(Table1, arguments, own, "czm-train table1")
+        given = parse(Table1, arguments, to_arguments(own), "czm-train table1")
         base = Table1(**own, dataset=given.dataset)
         for name in (*ROW_OPTIONS, "seed", "out"):
             if getattr(given, name) != getattr(base, name):
@@ -101,7 +100,7 @@ class Row:
                     f"{option(name)} is set by the study for each run: leave it out "
                     "(--rows and --seeds choose the runs, --folder their place)"
                 )
-        foreign = _CZM_ONLY if self.method == "bn" else ("weight_decay",)
+        foreign = WITHOUT_EFFECT["bn"] if self.method == "bn" else ("weight_decay",)
         config = replace(given, **{name: getattr(base, name) for name in foreign})
         config.checked()
         return config
@@ -157,10 +156,10 @@ def main(arguments: Sequence[str]) -> None:
             if not _trials(study, row, seed):
                 study.enqueue_trial({}, user_attrs={"row": row, "seed": seed})
 
-    def config_of(trial: optuna.Trial) -> Config:
+    def config_of(trial: optuna.Trial) -> Config | None:
         row, seed = trial.user_attrs.get("row", ""), trial.user_attrs.get("seed", -1)
         if not row or _trials(study, row, seed)[0].number != trial.number:
-            raise PassedOver()  # two workers enqueued the run at once
+            return None  # two workers enqueued the run at once, or took the last one at once
         print(f"\n{row}, seed {seed}", flush=True)
         return replace(configs[row], seed=seed, out=str(folder / row / f"seed-{seed}"))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -34,9 +34,8 @@ class Trainer:
     """A network, its optimizer and schedule, and the state of every random generator.
 
     Two trainers with the same config and data, or one that loaded the other's state, train the
-    same weights, bit for bit on a CPU. The noise is drawn from torch's default generators.
-
-    Seeds torch's default generators, and a generator of its own for the batches.
+    same weights, bit for bit on a CPU. Batches are drawn from a generator of its own, the noise
+    from torch's default generators, which it seeds.
 
     Args:
         config: options of the run.
@@ -58,30 +57,30 @@ class Trainer:
         model: nn.Module | None = None,
     ) -> None:
         self.config, self.device, self.ranks = config, device, ranks or Ranks()
+        self.epoch = 0
         torch.manual_seed(config.seed)
         if model is None:
             channels = data.train.pixels.shape[1]
             model = build_model(config, in_channels=channels, num_classes=data.num_classes)
         self.generator = torch.Generator(device).manual_seed(config.seed)
-        self.batches: DeviceBatches | LoaderBatches = (
-            DeviceBatches(data, config, self.generator)
-            if isinstance(data, DataSet)
-            else LoaderBatches(data, device)
-        )
-        self.epoch = 0
-        self.memory_format = (
-            torch.channels_last if config.channels_last else torch.contiguous_format
-        )
+        self.batches: DeviceBatches | LoaderBatches
+        if isinstance(data, DataSet):
+            self.batches = DeviceBatches(data, config, self.generator)
+        else:
+            self.batches = LoaderBatches(data, device)
+        self.memory_format = torch.contiguous_format
+        if config.channels_last:
+            self.memory_format = torch.channels_last
         self.model = model.to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(config, self.model)
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         # A graph reads the rates anew at each replay, from where they were at its capture.
         self._rate_tensors = [torch.tensor(rate, device=device) for rate in self._rates]
-        self._network = self.ranks.wrap(self.model, self.device)
+        self._network = self.ranks.wrap(self.model, device)
         self._compiled = torch.compile(self._network, dynamic=False) if config.compile else None
         # A graph cannot be captured on the default stream.
-        captures = config.cuda_graph and self.device.type == "cuda"
-        self._stream = torch.cuda.Stream(self.device) if captures else None
+        captures = config.cuda_graph and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if captures else None
         if self.ranks.rank > 0:
             # Rank 0 goes on where the network was initialised, as a single process does.
             torch.manual_seed(config.seed + self.ranks.rank)
@@ -119,12 +118,9 @@ class Trainer:
 
         None stands for a layer that passes nothing. Changes nothing, and draws no random numbers.
         """
-        images = self.batches.sample(REJECTION_IMAGES)
-        if images is None:
-            return {}
-        images = images.contiguous(memory_format=self.memory_format)
-        layers = diagnose(self.model, images, self.optimizer).layers
-        ratios = {layer.name: layer.rejection_db for layer in layers}
+        images = self._lay_out(self.batches.sample(REJECTION_IMAGES))
+        report = diagnose(self.model, images, self.optimizer)
+        ratios = {layer.name: layer.rejection_db for layer in report.layers}
         return {
             name: None if db is None or math.isnan(db) else max(-_MOST_DB, min(db, _MOST_DB))
             for name, db in ratios.items()
@@ -145,8 +141,8 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where another trainer's `state_dict` was taken, or raise TrainingError."""
-        kind = state.get("device_type")
-        if kind in ("cpu", "cuda", "xpu") and kind != self.device.type:
+        kind = state["device_type"]
+        if kind != self.device.type:
             raise TrainingError(
                 f"the checkpoint was trained on {kind}, not {self.device.type}: "
                 f"resume it with --device {kind}"
@@ -170,9 +166,8 @@ class Trainer:
 
     def _default(self) -> list[Any]:
         """Return the modules that hold torch's default generators, which the noise draws from."""
-        return (
-            [torch] if self.device.type == "cpu" else [torch, torch.get_device_module(self.device)]
-        )
+        of_device = torch.get_device_module(self.device)
+        return [torch] if self.device.type == "cpu" else [torch, of_device]
 
     def _make_steps(self) -> None:
         def train(batch: Any) -> Tensor:
@@ -204,9 +199,7 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses of this process's images, alone and with their counts."""
         share = self.ranks.share(len(labels))
-        images, labels = self.batches.normalise(pixels[share]), labels[share]
-        if images.dim() == 4:
-            images = images.contiguous(memory_format=self.memory_format)
+        images, labels = self._lay_out(self.batches.normalise(pixels[share])), labels[share]
         autocasts = self.config.autocast != "off"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocasts):
             outputs = network(images)
@@ -215,15 +208,19 @@ class Trainer:
         count = torch.full_like(hits, len(labels))
         return loss, torch.stack([loss.detach().double(), hits.double(), count.double()])
 
+    def _lay_out(self, images: Tensor) -> Tensor:
+        # The layouts differ for images alone, not for signals.
+        four = images.dim() == 4
+        return images.contiguous(memory_format=self.memory_format) if four else images
+
     def _pass(
         self, batches: Iterable[Any], step: Callable[[Any], Tensor], title: str
     ) -> tuple[float, float, int]:
         results: list[Tensor] = []  # on the device until they are read
         next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
-        total = len(batches) if isinstance(batches, Sized) else None
         hidden = None if self.ranks.rank == 0 else True
         style = {"unit": "step", "disable": hidden, "leave": False, "dynamic_ncols": True}
-        with tqdm(batches, title, total=total, **style) as bar:
+        with tqdm(batches, title, **style) as bar:
             for batch in bar:
                 results.append(step(batch))
                 if self.ranks.size == 1 and time.monotonic() >= next_look:

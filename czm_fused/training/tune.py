@@ -76,12 +76,12 @@ def main(arguments: Sequence[str]) -> None:
     found: dict[str, Any] = {name: float(f"{value:.3g}") for name, value in best.params.items()}
     config = replace(options, **found)
     default = Config(method=options.method, dataset=options.dataset)
-    values = {field.name: getattr(config, field.name) for field in fields(Config)}
     changed = {
-        name: value
-        for name, value in values.items()
-        if name in ("method", "dataset") or value != getattr(default, name)
+        field.name: getattr(config, field.name)
+        for field in fields(Config)
+        if getattr(config, field.name) != getattr(default, field.name)
     }
+    changed |= {"method": config.method, "dataset": config.dataset}
     print(
         f"\nbest of {len(complete)} complete trials ({len(study.trials)} begun): trial "
         f"{first_number(study, best.number)}, {best.value:.2f} % on {held} held-out images\n"

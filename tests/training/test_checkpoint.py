@@ -64,7 +64,7 @@ class Payload:
 
 def test_load_runs_no_code_from_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": checkpoint.FORMAT, "payload": Payload()}, "evil.pt")
+    checkpoint.save(tmp_path / "evil.pt", {"payload": Payload()})
     with pytest.raises(TrainingError):
         checkpoint.load(tmp_path / "evil.pt")
     assert not (tmp_path / "payload-ran").exists()

@@ -169,16 +169,32 @@ def test_diverged_run_is_counted_and_not_trained_again(table1, tmp_path, monkeyp
     assert trained == []
 
 
-def test_damaged_run_does_not_stop_the_others(table1, tmp_path, monkeypatch):
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def move_to_another_device(path):
+    state = checkpoint.load(path)
+    state["trainer"]["device_type"] = "cuda"
+    checkpoint.save(path, state)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"), [(truncate, "damaged"), (move_to_another_device, "trained on cuda")]
+)
+def test_run_that_cannot_go_on_does_not_stop_the_others(
+    table1, tmp_path, monkeypatch, change, word
+):
     monkeypatch.setattr(Trainer, "train_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert table1("--rows", CZMIG, "--seeds", 1)[0] == 130
     monkeypatch.undo()
     path = tmp_path / "sweep" / CZMIG / "seed-0" / "checkpoint.pt"
-    content = path.read_bytes()[:-100]
-    path.write_bytes(content)
+    change(path)
+    content = path.read_bytes()
     status, _, err = table1("--rows", CZMIG, BN, "--seeds", 1)
     assert status == 2
-    assert err.count("\n") == 1 and "passed over 1 runs" in err and str(path) in err
+    assert err.count("\n") == 1 and "passed over 1 runs" in err
+    assert str(path.parent) in err and word in err
     assert rows_of(tmp_path / "sweep")[BN]["n"] == 1
     assert path.read_bytes() == content
 

@@ -81,6 +81,14 @@ def test_train_on_an_image_folder(tmp_path, image_tree):
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
 
 
+def test_train_on_signals_has_no_channels_last(tmp_path):
+    model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+    signals = TensorDataset(torch.randn(40, 1, 9), torch.arange(40) % 3)
+    options = config(tmp_path, epochs=1, channels_last=True)
+    result = train(czm_init_(model), DataLoader(signals, batch_size=20), options)
+    assert list(result.history[0]["rejection_db"]) == ["0"]
+
+
 def test_train_refuses_other_data(tmp_path):
     for data in (3, (loader(0),) * 3):
         with pytest.raises(TrainingError, match="data must be a folder, a DataLoader or a pair"):
