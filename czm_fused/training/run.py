@@ -19,7 +19,7 @@ from torch import nn
 from ..ops import backends
 from . import checkpoint, data, distributed, metrics, plots
 from .checkpoint import replacing
-from .config import Config, PlotFormat, check_resumed, from_saved, option
+from .config import LOCAL, Config, PlotFormat, check_resumed, difference, from_saved, option
 from .errors import CheckpointError, DivergedError, TrainingError, explained
 from .methods import direction_norms, uses_czm
 from .trainer import Trainer
@@ -93,6 +93,13 @@ def existing(config: Config) -> Path | None:
     """Return the checkpoint of the run, if there is one."""
     file = config.run_folder / checkpoint.FILE_NAME
     return file if file.exists() else None
+
+
+def read_summary(config: Config) -> dict[str, Any] | None:
+    """Return the summary of the run, if it is complete and was trained with these options."""
+    file = config.run_folder / SUMMARY
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return None if difference(found, config.as_dict(), LOCAL) else found
 
 
 def run(

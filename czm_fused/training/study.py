@@ -23,7 +23,7 @@ from . import distributed
 from .cli import Options
 from .config import LOCAL, Config, difference
 from .errors import CheckpointError, DivergedError, TrainingError, explained
-from .run import existing, locked, run
+from .run import existing, locked, read_summary, run
 
 FORMAT = 2
 
@@ -149,7 +149,9 @@ def work(
                 return math.nan  # which Optuna counts as failed
             # A worker that counted as dead may train on: until it has noticed, it holds the lock.
             with locked(config.run_folder, wait=True):
-                result = run(config, resume=existing(config), on_epoch=report)
+                summary = read_summary(config)
+                if summary is None:
+                    summary = run(config, resume=existing(config), on_epoch=report).summary
         except DivergedError as error:
             print(f"diverged: {error}", flush=True)
             raise optuna.TrialPruned(str(error)) from error
@@ -160,7 +162,7 @@ def work(
         except KeyboardInterrupt:
             RetryHeartbeatStaleTrialCallback()(study, study.trials[trial.number])
             raise KeyboardInterrupt("the same command goes on from here") from None
-        return float(result.summary["test_accuracy"])
+        return float(summary["test_accuracy"])
 
     told = False
     while True:

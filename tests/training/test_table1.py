@@ -13,6 +13,7 @@ from quick_runs import assert_same, read_metrics, trained_state
 from scipy import stats
 
 from czm_fused.training import checkpoint
+from czm_fused.training import study as study_module
 from czm_fused.training import table1 as table1_module
 from czm_fused.training.__main__ import main
 from czm_fused.training.table1 import BATCHNORM, TABLE1
@@ -147,6 +148,22 @@ def test_interrupted_study_goes_on_from_the_checkpoint(table1, tmp_path, monkeyp
     for row in (BN, CZMIG):
         folders = [tmp_path / name / row / "seed-0" for name in ("sweep", "whole")]
         assert_same(*map(trained_state, folders))
+
+
+def test_run_that_a_lost_worker_completed_is_not_trained_again(table1, tmp_path, monkeypatch):
+    whole_run = study_module.run
+
+    def lost(*args, **keywords):
+        whole_run(*args, **keywords)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study_module, "run", lost)
+        assert table1("--rows", BN, "--seeds", 1)[0] == 130
+    status, out, _ = table1("--rows", BN, "--seeds", 1)
+    assert status == 0
+    assert "test accuracy in the final epoch" not in out
+    assert rows_of(tmp_path / "sweep")[BN]["n"] == 1
 
 
 def test_diverged_run_is_counted_and_not_trained_again(table1, tmp_path, monkeypatch):
