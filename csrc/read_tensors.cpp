@@ -132,26 +132,31 @@ class Reader {
   int64_t device_type_, device_id_;
 };
 
-// The state of each parameter: a list of dictionaries.
+// The state of each parameter: a list of dictionaries, or for each name a list of the tensors of the
+// parameters that have it, in a tuple. Each tensor is asked for once, in the order of the parameters.
 class States {
  public:
-  States(PyObject* states, PyObject* names) : states_(states) {
-    for (int name = 0; name < kStateCount; ++name) names_[name] = PyTuple_GetItem(names, name);
+  States(PyObject* states, PyObject* names) : states_(states), has_lists_(PyTuple_Check(states)) {
+    for (int name = 0; name < kStateCount; ++name)
+      names_[name] = PyTuple_GetItem(has_lists_ ? states : names, name);
   }
 
-  PyObject* get(Py_ssize_t param, int name) const {
+  PyObject* get(Py_ssize_t param, int name) {
+    if (has_lists_) return PyList_GetItem(names_[name], next_[name]++);
     PyObject* const state = PyList_GetItem(states_, param);
     if (!state || !PyDict_Check(state)) return nullptr;
     return PyDict_GetItemWithError(state, names_[name]);
   }
 
  private:
-  PyObject *states_, *names_[kStateCount];
+  PyObject *states_, *names_[kStateCount];  // or the lists
+  bool has_lists_;
+  Py_ssize_t next_[kStateCount] = {};
 };
 
 // Reads one parameter. Returns false if it, its gradient or its state is not as planned.
 bool read_param(const Reader& reader, const int64_t* layouts, PyObject* param, PyObject* grad,
-                const States& states, Py_ssize_t index, const TensorDescriptor* before,
+                States& states, Py_ssize_t index, const TensorDescriptor* before,
                 TensorDescriptor& descriptor, int64_t* grad_address) {
   static constexpr TensorDescriptor kUnknown{};
   if (!before) before = &kUnknown;
@@ -250,7 +255,7 @@ PyObject* read_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   const auto* words = reinterpret_cast<const int64_t*>(layouts);
   const Reader reader(torch, words);
   words += 2;
-  const States states(arguments[6], arguments[3]);
+  States states(arguments[6], arguments[3]);
   bool is_complete = true;
   for (Py_ssize_t i = 0; i < params_count; ++i) {
     if (!read_param(reader, words + 1, PyList_GetItem(params, i), PyList_GetItem(grads, i), states, i,

@@ -118,6 +118,23 @@ def test_compiled_step_of_parameters_with_gaps():
     assert_equal(*(p.detach() for p in params))
 
 
+@needs_a_compiler
+def test_compiled_step_without_size_asserts_follows_every_layout():
+    params = [nn.Parameter(torch.ones(4, 3, 3, 3)) for _ in range(2)]
+    optimizers = [FusedCZMSGD([p], lr=torch.tensor(0.001), momentum=0.9) for p in params]
+    steps = [
+        torch.compile(optimizers[0].step, fullgraph=True, options={"size_asserts": False}),
+        optimizers[1].step,
+    ]
+    for layout in (torch.contiguous_format, torch.channels_last, torch.contiguous_format):
+        grad = torch.randn(4, 3, 3, 3)
+        params[0].grad = grad.contiguous(memory_format=layout)
+        params[1].grad = grad
+        for step in steps:
+            step()
+        assert_equal(*(p.detach() for p in params))
+
+
 # --- networks -------------------------------------------------------------------------------------
 
 

@@ -22,8 +22,14 @@ from czm_fused.ops.step.descriptors import (
     has_supported_strides,
 )
 from czm_fused.ops.step.plan import DevicePlan, copy_back, refuse_without_kernel
-from czm_fused.ops.step.spec import HYPERPARAMETER_NAMES, STATES, StepFlag
-from czm_fused.ops.step.tensors import StepInputs, check_grads, problem_of_state
+from czm_fused.ops.step.spec import HYPERPARAMETER_NAMES, STATE_NAMES, STATES, StepFlag
+from czm_fused.ops.step.tensors import (
+    ListedStates,
+    ParamState,
+    StepInputs,
+    check_grads,
+    problem_of_state,
+)
 
 _PLANS: list[tuple[tuple[object, ...], DevicePlan]] = []
 _MOST_PLANS = 16
@@ -67,37 +73,25 @@ def _step(
     for index in set(group_indices):
         if not 0 <= index < len(rows):
             raise ValueError(f"group index {index} is not one of the {len(rows)} hyperparameters")
-    states = states_of(lists, flags, _owners(tuple(flags)))
+    places = _places(tuple(flags))
+    for name, tensors, its_places in zip(STATE_NAMES, lists, places, strict=True):
+        _check_length(f"{name}s", tensors, len(its_places))
+    states = ListedStates(lists, places, len(params))
     plan, inputs = _plan(params, grads, states, flags, group_indices, backend)
     plan.run(inputs, rows, grad_scale, found_inf)
     if grad_scale is not None:
         copy_back(inputs.grads, grads)
-    torch.autograd.graph.increment_version([*params, *itertools.chain(*lists)])
+    torch.autograd.graph.increment_version(itertools.chain(params, *lists))
 
 
 def states_of(
-    lists: Sequence[list[Tensor]],
-    all_flags: Sequence[int],
-    all_owners: list[list[int]] | None = None,
+    lists: Sequence[list[Tensor]], all_flags: Sequence[int]
 ) -> list[dict[str, Tensor]]:
-    """Return the state of each parameter.
-
-    Args:
-        lists: as `state_lists` returns them.
-        all_flags: of the parameters.
-        all_owners: the numbers of the parameters that have each state, where they are known.
-
-    Raises:
-        ValueError: a list of another length than the flags ask for.
-    """
+    """Return the state of each parameter, from lists as `state_lists` returns them."""
     states: list[dict[str, Tensor]] = [{} for _ in all_flags]
-    if all_owners is None:
-        all_owners = _find_owners(all_flags)
-    for spec, tensors, owners in zip(STATES, lists, all_owners, strict=True):
-        name = spec.name
-        _check_length(f"{name}s", tensors, len(owners))
+    for spec, tensors, owners in zip(STATES, lists, _find_owners(all_flags), strict=True):
         for owner, tensor in zip(owners, tensors, strict=True):
-            states[owner][name] = tensor
+            states[owner][spec.name] = tensor
     return states
 
 
@@ -109,13 +103,18 @@ def _find_owners(all_flags: Sequence[int]) -> list[list[int]]:
     ]
 
 
-_owners = functools.lru_cache(maxsize=_MOST_PLANS)(_find_owners)
+@functools.lru_cache(maxsize=_MOST_PLANS)
+def _places(all_flags: tuple[int, ...]) -> list[dict[int, int]]:
+    """Return where `state_lists` has the state of each parameter, by its number."""
+    return [
+        {owner: place for place, owner in enumerate(owners)} for owners in _find_owners(all_flags)
+    ]
 
 
 def _plan(
     params: list[Tensor],
     grads: list[Tensor],
-    states: list[dict[str, Tensor]],
+    states: ListedStates,
     flags: list[int],
     group_indices: list[int],
     backend: str,
@@ -138,7 +137,7 @@ def _plan(
     for number, (param, grad) in enumerate(zip(params, ordered, strict=True)):
         refuse_without_kernel(number, param, grad, chosen)
     plan = DevicePlan(tensors, device, chosen)
-    inputs = plan.read(params, ordered, states)  # type: ignore[arg-type]
+    inputs = plan.read(params, ordered, states)
     if isinstance(inputs, int):
         raise RuntimeError(
             f"parameter {inputs} of the step, its gradient or its state cannot be read: all must "
@@ -150,7 +149,7 @@ def _plan(
 
 
 def _check_states(
-    states: Sequence[dict[str, Tensor]], tensors: Sequence[StepTensor], device: torch.device
+    states: Sequence[ParamState], tensors: Sequence[StepTensor], device: torch.device
 ) -> None:
     for number, (state, tensor) in enumerate(zip(states, tensors, strict=True)):
         # State like a parameter with gaps is dense; only the reference steps such parameters.

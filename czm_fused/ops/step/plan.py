@@ -82,7 +82,7 @@ class DevicePlan:
         self,
         params: list[Tensor],
         grads: list[Tensor | None],
-        states: list[ParamState | None],
+        states: Sequence[ParamState | None],
     ) -> StepInputs | int:
         """Return the inputs of a step, or the index of a parameter that is not as planned."""
         if self._reader is None:
@@ -143,7 +143,7 @@ class DevicePlan:
         self,
         params: list[Tensor],
         grads: list[Tensor | None],
-        states: list[ParamState | None],
+        states: Sequence[ParamState | None],
     ) -> int | None:
         for index, (tensor, param, grad, state) in enumerate(
             zip(self.tensors, params, grads, states, strict=True)

@@ -83,6 +83,38 @@ def find_tensors(
     return native.find_tensors(_torch_objects(), params, state)
 
 
+class ListedStates(Sequence[ParamState]):
+    """The states of parameters of which each has a gradient, kept as lists.
+
+    Args:
+        lists: for each of `STATES` the tensors of the parameters that have it, in their order.
+        places: for each of `STATES` where in its list each parameter has its tensor, by number.
+        count: the number of parameters.
+    """
+
+    def __init__(
+        self,
+        lists: tuple[list[Tensor], ...],
+        places: Sequence[Mapping[int, int]],
+        count: int,
+    ) -> None:
+        self.lists = lists
+        self._places = places
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> ParamState:  # type: ignore[override]
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return {
+            name: tensors[places[index]]
+            for name, tensors, places in zip(STATE_NAMES, self.lists, self._places, strict=True)
+            if index in places
+        }
+
+
 class TensorReader:
     """Checks the tensors of each step against the layouts of a plan, and returns their addresses.
 
@@ -109,7 +141,7 @@ class TensorReader:
         self,
         params: list[Tensor],
         grads: list[Tensor | None],
-        states: list[ParamState | None],
+        states: Sequence[ParamState | None],
     ) -> StepInputs | int:
         """Return the inputs of a step, or the index of a parameter that is not as planned."""
         if self._native is None:
@@ -121,7 +153,7 @@ class TensorReader:
             STATE_NAMES,
             params,
             grads,
-            states,
+            states.lists if isinstance(states, ListedStates) else states,
             self._last,
         )
         if isinstance(result, int):
@@ -133,7 +165,7 @@ class TensorReader:
         self,
         params: list[Tensor],
         grads: list[Tensor | None],
-        states: list[ParamState | None],
+        states: Sequence[ParamState | None],
     ) -> StepInputs | int:
         descriptors = self._descriptors.copy()
         grad_addresses = np.zeros(len(params), dtype=np.int64)
