@@ -25,7 +25,7 @@ docs: $(VENV)/train,dev.stamp
 	$(VENV)/bin/mkdocs build --strict
 
 # Everything about GPU kernels that a CPU can show, also what `make test` leaves out. Needs torch, and
-# nvcc or Triton, in its own Python, and takes twenty minutes.
+# nvcc or Triton, in its own Python, and takes twenty minutes of one processor.
 ptx-check:
 	$(PYTHON) -m pytest -m 'simulated or exhaustive' tests/ops tests/ptx tests/cuda_on_host
 

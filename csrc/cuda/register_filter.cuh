@@ -65,14 +65,14 @@ class RegisterFilter {
 
   // Loads what could not be asked for before.
   __device__ __forceinline__ void arrange() {
-    arrange_all(param_, filters_.weight);
-    arrange_all(grad_, filters_.grad);
-    if constexpr (asks_early) arrange_all(momentum_, filters_.momentum);
+    arrange_all(param_, filters_.weight, false);
+    arrange_all(grad_, filters_.grad, true);
+    if constexpr (asks_early) arrange_all(momentum_, filters_.momentum, true);
 #pragma unroll
     for (int k = 0; k < packs; ++k) weight_[k] = to_opmath(pack_of<Stored>(param_[k]));
     if constexpr (sizeof(Stored) == 2) {
       if (filters_.remainder) {
-        arrange_all(remainder_, filters_.remainder);
+        arrange_all(remainder_, filters_.remainder, true);
 #pragma unroll
         for (int k = 0; k < packs; ++k) add_remainders(weight_[k], pack_of<int16_t>(remainder_[k]));
       }
@@ -88,9 +88,10 @@ class RegisterFilter {
   __device__ __forceinline__ void unscale_grad(T inverse_scale, bool writes) {
 #pragma unroll
     for (int k = 0; k < packs; k += kRound) {
-      store(filters_.grad, k, writes,
+      store(filters_.grad, k, writes, false,
             [&](int k) { return scaled(inverse_scale, pack_of<Stored>(grad_[k])); });
     }
+    if (!is_direct(filters_.grad)) __syncwarp();
   }
 
   // Takes `removed` from every gradient, beside what CZMG removes. Nothing changes unless `writes`.
@@ -104,7 +105,11 @@ class RegisterFilter {
         direction[k] = {};
         if (first(begin + k) < numel_) direction[k] = load_shared<kSize>(directions + in_run(begin + k));
       }
-      if constexpr (!asks_early) arrange<kRound>(momentum_, filters_.momentum, begin);
+      if constexpr (!asks_early) {
+        // Smaller elements take the places of earlier rounds.
+        const bool waits = begin == 0 || sizeof(Stored) == sizeof(T);
+        arrange<kRound>(momentum_, filters_.momentum, begin, waits);
+      }
 #pragma unroll
       for (int k = 0; k < kRound; ++k) {
 #pragma unroll
@@ -114,7 +119,8 @@ class RegisterFilter {
         momentum_[begin + k] = words_of(momentum);
       }
       if (filters_.momentum) {
-        store(filters_.momentum, begin, writes, [&](int k) { return pack_of<Stored>(momentum_[k]); });
+        store(filters_.momentum, begin, writes, false,
+              [&](int k) { return pack_of<Stored>(momentum_[k]); });
       }
       store_weight(begin, writes);
     }
@@ -219,13 +225,6 @@ class RegisterFilter {
     return i;
   }
 
-  // Returns the warp's run, which no lane is reading any more.
-  template <class Element> __device__ __forceinline__ Element* use_run() {
-    if (is_run_used_) __syncwarp();
-    is_run_used_ = true;
-    return run<Element>();
-  }
-
   // Asks for a tensor's packs, if each can be moved straight into its place.
   template <class Element>
   __device__ __forceinline__ void load(Words (&to)[packs], const Element* from) const {
@@ -241,14 +240,19 @@ class RegisterFilter {
   }
 
   template <class Element>
-  __device__ __forceinline__ void arrange_all(Words (&to)[packs], const Element* from) {
+  __device__ __forceinline__ void arrange_all(Words (&to)[packs], const Element* from, bool waits) {
 #pragma unroll
-    for (int begin = 0; begin < packs; begin += kLoadRound) arrange<kLoadRound>(to, from, begin);
+    for (int begin = 0; begin < packs; begin += kLoadRound) {
+      // Each of several rounds has a barrier, which comes before the next tensor's round.
+      arrange<kLoadRound>(to, from, begin, waits && kLoadRound == packs);
+    }
   }
 
-  // Loads packs that load() did not, all elements at once, with zeros beyond the filter.
+  // Loads packs that load() did not, all elements at once, with zeros beyond the filter. `waits` is true if
+  // other lanes may be reading their packs.
   template <int round, class Element>
-  __device__ __forceinline__ void arrange(Words (&to)[packs], const Element* from, int begin) {
+  __device__ __forceinline__ void arrange(Words (&to)[packs], const Element* from, int begin,
+                                          bool waits) const {
     if (!from || is_direct(from)) return;
     const int lane = opaque(lane_);
     const int run_begin = begin_of_warp();
@@ -262,7 +266,8 @@ class RegisterFilter {
         if (run_begin + i < filters_.numel) loaded[k][j] = *in_global(from + place_(run_begin + i));
       }
     }
-    Element* const run = use_run<Element>();
+    Element* const run = this->run<Element>();
+    if (waits) __syncwarp();
 #pragma unroll
     for (int k = 0; k < round; ++k) {
 #pragma unroll
@@ -282,9 +287,10 @@ class RegisterFilter {
     }
   }
 
-  // Stores the packs of a round.
+  // Stores the packs of a round. `waits` is true if other lanes may be reading what a lane's packs replace.
   template <class Element, class PackAt>
-  __device__ __forceinline__ void store(Element* to, int begin, bool writes, const PackAt& pack_at) {
+  __device__ __forceinline__ void store(Element* to, int begin, bool writes, bool waits,
+                                        const PackAt& pack_at) const {
     if (is_direct(to)) {
 #pragma unroll
       for (int k = begin; k < begin + kRound; ++k) {
@@ -294,9 +300,10 @@ class RegisterFilter {
       }
       return;
     }
-    Element* const run = use_run<Element>();
+    Element* const run = this->run<Element>();
     const Spread spread(*this);
     const int lane = opaque(lane_);
+    if (waits) __syncwarp();
 #pragma unroll
     for (int k = begin; k < begin + kRound; ++k) {
       if (first(k) < numel_) store_pack(run + in_run(k), pack_at(k));
@@ -317,10 +324,10 @@ class RegisterFilter {
 
   __device__ __forceinline__ void store_weight(int begin, bool writes) {
     const auto param = [&](int k) { return from_opmath<Stored>(weight_[k]); };
-    store(filters_.weight, begin, writes, param);
+    store(filters_.weight, begin, writes, true, param);
     if constexpr (sizeof(Stored) == 2) {
       if (!filters_.remainder) return;
-      store(filters_.remainder, begin, writes,
+      store(filters_.remainder, begin, writes, true,
             [&](int k) { return remainders_of(weight_[k], param(k)); });
     }
   }
@@ -328,7 +335,9 @@ class RegisterFilter {
   // Returns the gradients of V after CZMG, in the warp's run. Those of half types take twice the registers of
   // dW, so that they wait there, and the momentum comes meanwhile.
   __device__ __forceinline__ const T* to_directions(const FilterRule<T>& rule) {
-    T* const run = use_run<T>();
+    T* const run = this->run<T>();
+    // Elsewhere a lane's gradients of V replace its own packs.
+    if constexpr (sizeof(Stored) != sizeof(T)) __syncwarp();
 #pragma unroll
     for (int k = 0; k < packs; ++k) {
       if (first(k) < numel_) {
@@ -352,7 +361,6 @@ class RegisterFilter {
   const int lane_;
   const int begin_;
   const int numel_;  // of this thread group's filter; 0 or less without one
-  bool is_run_used_ = false;
   Pack<T, kSize> weight_[packs];
   Words param_[packs], grad_[packs];
   Words momentum_[packs];

@@ -21,7 +21,7 @@ from helpers.cases import (
     Case,
     Options,
 )
-from helpers.problem import Problem, step_arguments
+from helpers.problem import GuardedMemory, Problem, step_arguments
 from helpers.step_backends import (
     BACKENDS,
     CPU,
@@ -107,6 +107,18 @@ def _matrix():
 @pytest.mark.parametrize(("case", "backend"), list(_matrix()))
 def test_step(case, backend):
     problem = Problem(case, backend.device)
+    backend.run([problem])
+    problem.check()
+
+
+# Filters of a warp, of a large block and in tiles; each tensor is moved as its own address allows.
+@on((CPU, HOST, CUDA_PTX, TRITON_PTX))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["param", "grad", "momentum_buffer"])
+@pytest.mark.parametrize("shape", [(3, 32, 3, 3), (1, 1200, 3, 3), (1, 2300, 3, 3)])
+def test_step_of_tensors_of_which_one_is_misaligned(shape, name, dtype, backend):
+    problem = Problem(Case(shape, dtype), backend.device)
+    problem.memory[name] = GuardedMemory(problem[name], "contiguous", 1)
     backend.run([problem])
     problem.check()
 

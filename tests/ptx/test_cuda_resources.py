@@ -55,7 +55,16 @@ def find_disassembler():
     return found
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "sm_120"])
+# Half a minute of a processor each.
+ARCHITECTURES = [
+    "sm_80",
+    pytest.param("sm_90", marks=pytest.mark.exhaustive),
+    pytest.param("sm_100", marks=pytest.mark.exhaustive),
+    "sm_120",
+]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def compiled(request, tmp_path_factory):
     """The cubin of every kernel, and the assembler's report."""
     if nvcc.obstacle() is not None:
