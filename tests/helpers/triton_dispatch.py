@@ -21,7 +21,7 @@ def run_both() -> tuple[int, Tensor]:
     launches = []
 
     def counted(launch):
-        return lambda *arguments: (launches.append(arguments[0]), launch(*arguments))
+        return lambda *args, **named: (launches.append(args[0]), launch(*args, **named))
 
     with (
         mock.patch.object(noise_kernels, "_launch", counted(noise_kernels._launch)),
