@@ -21,7 +21,7 @@ namespace czm {
   FIELD(nesterov)                  \
   FIELD(maximize)
 
-struct GroupRow {
+struct GroupDescriptor {
 #define CZM_FIELD(name) double name;
   CZM_HYPERPARAMETERS(CZM_FIELD)
 #undef CZM_FIELD
@@ -45,7 +45,7 @@ struct HyperParameters {
 // `is_first` is true for a tensor's first update: without momentum, and at its first update,
 // torch.optim.SGD ignores dampening.
 template <class opmath_t>
-CZM_INLINE HyperParameters<opmath_t> hyperparameters_of(const GroupRow& group, bool has_momentum,
+CZM_INLINE HyperParameters<opmath_t> hyperparameters_of(const GroupDescriptor& group, bool has_momentum,
                                                     bool is_first, opmath_t inverse_scale) {
   HyperParameters<opmath_t> result;
   result.lr = opmath_t(group.lr);

@@ -10,8 +10,8 @@
 
 namespace czm {
 
-using StepRange = void(const TensorDescriptor* rows, const int64_t* grads, int64_t row_count,
-                       const GroupRow* groups, double inverse_scale, int64_t begin, int64_t end);
+using StepRange = void(const TensorDescriptor* descriptors, const int64_t* grads, int64_t descriptor_count,
+                       const GroupDescriptor* groups, double inverse_scale, int64_t begin, int64_t end);
 
 namespace baseline { StepRange step_range; }
 #if defined(__x86_64__)
@@ -51,15 +51,15 @@ PyObject* step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const int64_t work = PyLong_AsLongLong(arguments[2]);
   const double inverse_scale = PyFloat_AsDouble(arguments[3]);
   if (PyErr_Occurred()) return nullptr;
-  const auto* const rows = reinterpret_cast<const TensorDescriptor*>(tensors);
-  const int64_t row_count =
+  const auto* const descriptors = reinterpret_cast<const TensorDescriptor*>(tensors);
+  const int64_t descriptor_count =
       PyBytes_Size(arguments[0]) / int64_t(sizeof(TensorDescriptor) + sizeof(int64_t));
-  const auto* const grads = reinterpret_cast<const int64_t*>(rows + row_count);
-  const auto* const group_rows = reinterpret_cast<const GroupRow*>(groups);
+  const auto* const grads = reinterpret_cast<const int64_t*>(descriptors + descriptor_count);
+  const auto* const group_descriptors = reinterpret_cast<const GroupDescriptor*>(groups);
   static StepRange* const step_range = best_step_range();
   Py_BEGIN_ALLOW_THREADS
   torch::stable::parallel_for(0, work, kGrainSize, [&](int64_t begin, int64_t end) {
-    step_range(rows, grads, row_count, group_rows, inverse_scale, begin, end);
+    step_range(descriptors, grads, descriptor_count, group_descriptors, inverse_scale, begin, end);
   });
   Py_END_ALLOW_THREADS
   Py_IncRef(Py_None);

@@ -74,7 +74,7 @@ class Numbers {
 
   template <class T>
   __device__ __forceinline__ HyperParameters<T> hyperparameters(const WorkItem& item) const {
-    GroupRow group;
+    GroupDescriptor group;
     int lane = 0;
 #define CZM_FIELD(name) group.name = of_lane(lane++);
     CZM_HYPERPARAMETERS(CZM_FIELD)

@@ -35,7 +35,7 @@ struct alignas(16) WorkItem {
 };
 static_assert(sizeof(WorkItem) == 80);
 
-// `words` holds, one after the other: for every group the bits of its GroupRow, for every group the
+// `words` holds, one after the other: for every group the bits of its GroupDescriptor, for every group the
 // addresses that stand for its numbers, and for every tensor the address of its gradient.
 template <int words_> struct StepArguments {
   const WorkItem* items;
@@ -45,7 +45,7 @@ template <int words_> struct StepArguments {
   int64_t words[words_];
 };
 
-constexpr int kGroupWords = sizeof(GroupRow) / sizeof(int64_t);
+constexpr int kGroupWords = sizeof(GroupDescriptor) / sizeof(int64_t);
 constexpr int kHeaderBytes = sizeof(StepArguments<1>) - sizeof(int64_t);
 // A launch takes 4 KB of arguments on every device and driver, and 32,764 bytes on most.
 constexpr int kFewWords = (4096 - kHeaderBytes) / sizeof(int64_t);

@@ -10,13 +10,13 @@
 
 namespace czm {
 namespace baseline {
-void step_range(const TensorDescriptor* rows, const int64_t* grads, int64_t row_count,
-                const GroupRow* groups, double inverse_scale, int64_t begin, int64_t end);
+void step_range(const TensorDescriptor* descriptors, const int64_t* grads, int64_t descriptor_count,
+                const GroupDescriptor* groups, double inverse_scale, int64_t begin, int64_t end);
 }
 }  // namespace czm
 
 struct Header {
-  int64_t rows, groups, work, image_bytes;
+  int64_t descriptors, groups, work, image_bytes;
 };
 
 template <class T> std::vector<T> read(int64_t count) {
@@ -28,23 +28,23 @@ template <class T> std::vector<T> read(int64_t count) {
 int main() {
   using czm::TensorDescriptor;
   const Header header = read<Header>(1)[0];
-  std::vector<TensorDescriptor> rows = read<TensorDescriptor>(header.rows);
-  std::vector<int64_t> grads = read<int64_t>(header.rows);
-  const std::vector<czm::GroupRow> groups = read<czm::GroupRow>(header.groups);
+  std::vector<TensorDescriptor> descriptors = read<TensorDescriptor>(header.descriptors);
+  std::vector<int64_t> grads = read<int64_t>(header.descriptors);
+  const std::vector<czm::GroupDescriptor> groups = read<czm::GroupDescriptor>(header.groups);
   std::vector<char> image = read<char>(header.image_bytes);
   const auto relocate = [&](int64_t& address) {
     if (address) address += reinterpret_cast<int64_t>(image.data());
   };
   for (int64_t& grad : grads) relocate(grad);
-  for (TensorDescriptor& row : rows) {
+  for (TensorDescriptor& descriptor : descriptors) {
     for (int64_t TensorDescriptor::*address : {&TensorDescriptor::param,
 #define CZM_MEMBER(name) &TensorDescriptor::name,
                                                CZM_STATES(CZM_MEMBER)
 #undef CZM_MEMBER
          })
-      relocate(row.*address);
+      relocate(descriptor.*address);
   }
-  czm::baseline::step_range(rows.data(), grads.data(), header.rows, groups.data(), 1.0, 0,
+  czm::baseline::step_range(descriptors.data(), grads.data(), header.descriptors, groups.data(), 1.0, 0,
                             header.work);
   return std::fwrite(image.data(), 1, image.size(), stdout) == image.size() ? 0 : 1;
 }

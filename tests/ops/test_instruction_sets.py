@@ -52,7 +52,7 @@ def _step_range(instruction_set):
 
     name = (
         f"_ZN3czm{len(instruction_set)}{instruction_set}"
-        "10step_rangeEPKNS_16TensorDescriptorEPKllPKNS_8GroupRowEdll"
+        "10step_rangeEPKNS_16TensorDescriptorEPKllPKNS_15GroupDescriptorEdll"
     )
     try:
         function = getattr(ctypes.CDLL(module.__file__), name)
