@@ -115,7 +115,8 @@ class LoaderBatches:
                 "data must be a folder, a DataLoader or a pair of DataLoaders (training, test), "
                 f"but was {type(data).__name__}"
             )
-        self._loaders, self._device = loaders, device
+        self._loaders: tuple[Iterable[Any], ...] = loaders
+        self._device = device
         self._sample: Tensor | None = None
         self.has_test = len(loaders) == 2 and loaders[1] is not None
 

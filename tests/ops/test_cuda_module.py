@@ -50,8 +50,8 @@ def test_cuda_module_names_the_devices_that_it_runs_on(monkeypatch, caplog):
 
     for name in _C_cuda.architectures.split(","):
         assert re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name)
-    # As no architecture is, so that nothing runs on it.
-    monkeypatch.setattr(backends, "_capability", lambda device_type, index: (1, 0))
+    monkeypatch.setattr(_C_cuda, "architectures", "9.0")
+    monkeypatch.setattr(backends, "_capability", lambda device_type, index: (10, 0))
     monkeypatch.setattr(backends, "_triton_problem", lambda: None)
     backends._choose.cache_clear()
     try:
@@ -60,4 +60,4 @@ def test_cuda_module_names_the_devices_that_it_runs_on(monkeypatch, caplog):
         backends._choose.cache_clear()
     assert chosen == ["triton", "triton"]
     (message,) = [record.getMessage() for record in caplog.records]
-    assert f"built for compute capability {_C_cuda.architectures}" in message
+    assert "built for compute capability 9.0, and the device's is 10.0" in message
