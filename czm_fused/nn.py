@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,27 @@ def _directions(weight: Tensor, norms: Tensor) -> Tensor:
     return (weight / divisors).to(weight.dtype)
 
 
+def mean_response(weight: Tensor, input_mean: Tensor, groups: int) -> Tensor:
+    """Return what the filters of a convolution make of an input that is everywhere its mean.
+
+    sum_c mean[c] sum_t W[f, c, t], of shape (filters,), without padding.
+
+    Args:
+        weight: of shape (filters, channels / groups, taps...).
+        input_mean: of shape (channels,).
+        groups: of the convolution.
+    """
+    filters = weight.flatten(2).sum(dim=2)
+    means = input_mean.view(groups, 1, -1).expand(-1, filters.shape[0] // groups, -1)
+    return (filters * means.reshape(filters.shape)).sum(dim=1).to(weight.dtype)
+
+
 class _CZMConv(_ConvNd):
     """The additions of `CZMConv1d`, `CZMConv2d` and `CZMConv3d` to torch's convolutions."""
+
+    if TYPE_CHECKING:
+        # torch.jit.script cannot read it.
+        input_mean: Tensor | None
 
     # torch.jit.script compiles every property that is not listed here.
     __jit_unused_properties__ = ["direction", "scale"]
@@ -61,12 +80,28 @@ class _CZMConv(_ConvNd):
         # reset_parameters reads `stem`, and torch's constructor calls it.
         self.stem = stem
         super().__init__(*args, **kwargs)
+        self.register_buffer("input_mean", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve, relative to the mean of the input if `center_` has set it."""
+        weight, bias = self.weight, self.bias
+        if self.input_mean is not None and bias is not None:
+            bias = bias - mean_response(weight, self.input_mean, self.groups)
+        return self._conv_forward(input, weight, bias)
 
     def reset_parameters(self) -> None:
         """Initialise the weight by CZMI (`czm_fused.init.czm_weight_`) and the bias to 0."""
         czm_weight_(self.weight, zero_mean=not (self.stem or is_depthwise(self)))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Take the means of a state that has them, and forget them for one that has none."""
+        if self.input_mean is None and f"{prefix}input_mean" in state_dict:
+            self.input_mean = torch.zeros_like(state_dict[f"{prefix}input_mean"]).to(self.weight.device)
+        elif f"{prefix}weight" in state_dict and f"{prefix}input_mean" not in state_dict:
+            self.input_mean = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def direction(self) -> Tensor:

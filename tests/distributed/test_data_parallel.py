@@ -6,7 +6,7 @@ from ranks import RANKS, on_both_ranks
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from czm_fused import FusedCZMSGD, czm_param_groups
+from czm_fused import FusedCZMSGD, center_, czm_param_groups, normalize_gradients_
 from small_training import assert_equal
 
 pytest.importorskip("torch.distributed.tensor", exc_type=ImportError)
@@ -182,6 +182,35 @@ def test_fully_shard_with_mixed_precision_offloading_and_half_weights():
             assert_equal(full(p.detach()), q.detach())
             for name, value in optimizer.state[p].items():
                 assert_equal(full(value), plain.state[q][name])
+
+
+@on_both_ranks
+def test_centered_and_normalized_gradients():
+    for shard in (False, True):
+        model, single = network(), network()
+        for each in (model, single):
+            center_(each, batch(0))
+        if shard:
+            for layer in (model[0], model[2], model):
+                fully_shard(layer)
+        parallel = model if shard else DistributedDataParallel(model)
+        optimizer, plain = optimizer_of(parallel), optimizer_of(single)
+        for step in range(STEPS):
+            x = batch(step)
+            # Each rank measures its own half: the mean of the means is that of the whole batch.
+            center_(parallel, own_part(x))
+            center_(single, x)
+            for module, run, each, part in (
+                (model, parallel, optimizer, own_part(x)),
+                (single, single, plain, x),
+            ):
+                each.zero_grad()
+                loss_of(run, part).backward()
+                normalize_gradients_(module)
+                each.step()
+        assert_near(model, single)
+        for each, other in ((model[0], single[0]), (model[2], single[2])):
+            assert (each.input_mean - other.input_mean).abs().max() <= 1e-6
 
 
 @on_both_ranks

@@ -1,0 +1,167 @@
+"""center_(): convolutions that read their input relative to its mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from czm_fused._internal.sharding import is_dtensor
+from czm_fused.example import hooked, preserved, run_example
+from czm_fused.init import CONVOLUTIONS, named_convolutions
+from czm_fused.nn import CZMConv1d, CZMConv2d, CZMConv3d, mean_response
+from czm_fused.ops.step.spec import compute_dtype
+
+CENTERED = dict(zip(CONVOLUTIONS, (CZMConv1d, CZMConv2d, CZMConv3d), strict=True))
+"""torch's convolutions, and those that can read their input relative to its mean."""
+
+
+def center_(model: nn.Module, example_input: Any) -> int:
+    """Let every convolution of `model` read its input relative to its mean, in place.
+
+    The input's mean per channel, mu, is measured on `example_input` and kept in the buffer
+    `input_mean`; the convolution then computes
+
+        y[f] = W[f] * x + b[f] - sum_c mu[c] sum_t W[f, c, t]
+        b[f] <- b[f] + sum_c (mu[c] - mu_before[c]) sum_t W[f, c, t]
+
+    so that the outputs of the model stay what they were, to rounding. What changes is training:
+    an update of W no longer shifts the mean of y, and the gradient of W no longer holds the large
+    part that only does so. It is what zero-mean gradients do for filters of many taps (paper
+    section 3.3), for filters of any shape and without losing what the means of filters learn
+    (Schraudolph, "Centering neural network gradients", 1998).
+
+    Means move as the network learns, so call this again every 20 steps or so: a call costs one
+    forward pass without gradients. `FusedCZMSGD`, or any other optimizer, trains W and b as usual.
+
+    A convolution of exactly torch's class becomes the `CZMConv` of its number of dimensions. Those
+    without a bias, of classes of their own, with a hook or parametrization on the weight, or that do
+    not run, are left as they are. Under `torch.distributed` every process has to call this; the
+    means are averaged over them.
+
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        >>> center_(network, torch.rand(16, 3, 8, 8))
+        2
+        >>> network[2].input_mean.shape
+        torch.Size([8])
+
+    Args:
+        model: the network, of which a compiled copy may exist if this ran before it was compiled.
+        example_input: a batch of real inputs: a tensor, a tuple of positional or a dictionary of
+            keyword arguments for `model`. The pass is in eval mode and leaves modes, buffers and
+            generators as they were.
+
+    Returns:
+        The number of convolutions that read their input relative to its mean.
+
+    Raises:
+        ValueError: a mean is not finite. The model is as it was.
+    """
+    convolutions = [each for each in named_convolutions(model).items() if _can_be_centered(each[1])]
+    means = _Means(dict(convolutions))
+    with preserved(model), hooked(means.hooks()):
+        model.eval()
+        run_example(model, example_input)
+    measured = means.averaged()
+    for name, mean in measured.items():
+        if not bool(mean.isfinite().all()):
+            raise ValueError(
+                f"example_input must lead to finite activations, but the mean of what {name!r} "
+                "reads is not; lower the rate, or look for a division or an overflow before it"
+            )
+    for name, convolution in convolutions:
+        if name in measured:
+            _set_mean(convolution, measured[name])
+    return len(measured)
+
+
+def uncenter_(model: nn.Module) -> None:
+    """Move the means that `center_` has set into the biases, in place, and forget them.
+
+    The outputs of the model stay what they were, to rounding; its `state_dict` is that of a plain
+    network again.
+
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3))
+        >>> _ = center_(network, torch.rand(16, 3, 8, 8))
+        >>> uncenter_(network)
+        >>> list(network.state_dict())
+        ['0.weight', '0.bias']
+
+    Args:
+        model: the network.
+    """
+    for convolution in named_convolutions(model).values():
+        if getattr(convolution, "input_mean", None) is not None:
+            _add_to_bias(convolution, -convolution.input_mean)
+            convolution.input_mean = None
+
+
+class _Means:
+    """Measures the mean per channel of what convolutions read, over all their runs."""
+
+    def __init__(self, convolutions: dict[str, Any]) -> None:
+        self.convolutions = convolutions
+        self.sums: dict[str, Tensor] = {}
+        self.runs: dict[str, int] = {}
+
+    def hooks(self) -> Iterator[Any]:
+        for name, convolution in self.convolutions.items():
+            yield convolution.register_forward_pre_hook(
+                lambda _, args, name=name: self._measure(name, args[0])
+            )
+
+    def _measure(self, name: str, x: Tensor) -> None:
+        channels = x.dim() - self.convolutions[name].weight.dim() + 1
+        others = [each for each in range(x.dim()) if each != channels]
+        mean = x.detach().mean(dim=others, dtype=compute_dtype(x.dtype))
+        self.sums[name] = self.sums[name] + mean if name in self.sums else mean
+        self.runs[name] = self.runs.get(name, 0) + 1
+
+    def averaged(self) -> dict[str, Tensor]:
+        """Return the means by name, the same on every process."""
+        means = {name: total / self.runs[name] for name, total in self.sums.items()}
+        if means and torch.distributed.is_available() and torch.distributed.is_initialized():
+            flat = torch.cat([*means.values()])
+            torch.distributed.all_reduce(flat)
+            flat /= torch.distributed.get_world_size()
+            parts = flat.split([len(mean) for mean in means.values()])
+            means = dict(zip(means, parts, strict=True))
+        return means
+
+
+def _can_be_centered(convolution: Any) -> bool:
+    parameters = convolution._parameters
+    return (
+        (type(convolution) in CONVOLUTIONS or isinstance(convolution, tuple(CENTERED.values())))
+        and not {"forward", "_conv_forward"} & vars(convolution).keys()
+        and parameters.get("weight") is not None
+        and parameters.get("bias") is not None
+    )
+
+
+def _set_mean(convolution: Any, mean: Tensor) -> None:
+    if type(convolution) in CENTERED:
+        # The module stays itself, with its name, hooks and parameters.
+        convolution.__class__ = CENTERED[type(convolution)]
+        convolution.stem = getattr(convolution, "stem", False)
+        convolution.register_buffer("input_mean", None)
+    if convolution.input_mean is None:
+        _add_to_bias(convolution, mean)
+        convolution.input_mean = mean
+    else:
+        _add_to_bias(convolution, mean - convolution.input_mean)
+        convolution.input_mean.copy_(mean)
+
+
+@torch.no_grad()
+def _add_to_bias(convolution: Any, mean: Tensor) -> None:
+    weight, bias = convolution.weight, convolution.bias
+    if is_dtensor(weight):
+        from torch.distributed.tensor import distribute_tensor
+
+        response: Tensor = mean_response(weight.full_tensor(), mean, convolution.groups)
+        bias.add_(distribute_tensor(response, bias.device_mesh, bias.placements))
+    else:
+        bias.add_(mean_response(weight, mean, convolution.groups))
