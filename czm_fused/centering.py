@@ -36,10 +36,10 @@ def center_(model: nn.Module, example_input: Any) -> int:
     Means move as the network learns, so call this again every 20 steps or so: a call costs one
     forward pass without gradients. `FusedCZMSGD`, or any other optimizer, trains W and b as usual.
 
-    A convolution of exactly torch's class becomes the `CZMConv` of its number of dimensions. Those
-    without a bias, of classes of their own, with a hook or parametrization on the weight, or that do
-    not run, are left as they are. Under `torch.distributed` every process has to call this; the
-    means are averaged over them.
+    A convolution of exactly torch's class becomes the `CZMConv` of its number of dimensions; so
+    call this first before the model is compiled or sharded. Convolutions without a bias, of classes
+    of their own, with a hook or parametrization on the weight, or that do not run, are left as they
+    are. Under `torch.distributed` every process has to call this; the means are averaged over them.
 
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
         >>> center_(network, torch.rand(16, 3, 8, 8))
@@ -48,7 +48,7 @@ def center_(model: nn.Module, example_input: Any) -> int:
         torch.Size([8])
 
     Args:
-        model: the network, of which a compiled copy may exist if this ran before it was compiled.
+        model: the network.
         example_input: a batch of real inputs: a tensor, a tuple of positional or a dictionary of
             keyword arguments for `model`. The pass is in eval mode and leaves modes, buffers and
             generators as they were.
@@ -93,7 +93,10 @@ def uncenter_(model: nn.Module) -> None:
         model: the network.
     """
     for convolution in named_convolutions(model).values():
-        if getattr(convolution, "input_mean", None) is not None:
+        if (
+            isinstance(convolution, (CZMConv1d, CZMConv2d, CZMConv3d))
+            and convolution.input_mean is not None
+        ):
             _add_to_bias(convolution, -convolution.input_mean)
             convolution.input_mean = None
 

@@ -10,7 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from czm_fused import CZMConv2d, FusedCZMSGD, center_, convert, czm_param_groups, exp_scale, uncenter_
+from czm_fused import (
+    CZMConv2d,
+    FusedCZMSGD,
+    center_,
+    convert,
+    czm_param_groups,
+    exp_scale,
+    uncenter_,
+)
 
 CONVOLUTIONS = {
     "1d": (lambda: nn.Conv1d(4, 6, 3), (8, 4, 9)),

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from czm_fused import FusedCZMSGD, convert, czm_param_groups
+from czm_fused import FusedCZMSGD, center_, convert, czm_param_groups, normalize_gradients_
 from czm_fused.calibration import BRANCH, TARGET, calibrate_
 
 from .data import Images
 from .networks import NETWORKS
 
-FLOAT32 = ("mobilenet_v2", "efficientnet_b0", "shufflenet_v2")
+DEPTHWISE = ("mobilenet_v2", "efficientnet_b0", "shufflenet_v2")
 """Networks with depthwise convolutions, which bfloat16 slows on a CPU; autocast for the others."""
 
 
@@ -34,7 +34,10 @@ class Settings:
         lr_rest: the rate of biases and linear layers (czm); None: `lr`.
         warmup: steps of linear warm-up (czm).
         zmg, luma: of `FusedCZMSGD`.
-        clip: bound of the norm of all gradients (czm); 0: none.
+        center_every: steps from one call of `center_` to the next (czm); 0: none.
+        norm: of `normalize_gradients_` (czm); 0: none.
+        clip: bound of the norm of all gradients (czm), of those that are not normalised with `norm`;
+            0: none.
         gain, zero_mean, noise: of `convert`.
         target, branch, center: of `calibrate_`, without `gain`.
         seed: of the weights and of the order of images.
@@ -49,6 +52,8 @@ class Settings:
     warmup: int = 0
     zmg: float = 0.98
     luma: float = 5e-4
+    center_every: int = 0
+    norm: float = 0.0
     clip: float = 1.0
     gain: float | None = None
     zero_mean: bool | None = None
@@ -104,14 +109,18 @@ def train(s: Settings, data: Path) -> dict[str, Any]:
     model.train()
     torch.manual_seed(s.seed)
     losses: list[float] = []
-    use_autocast = s.network not in FLOAT32
-    for x, y in images.batches(s.steps, s.batch, s.seed):
+    use_autocast = s.network not in DEPTHWISE
+    for step, (x, y) in enumerate(images.batches(s.steps, s.batch, s.seed)):
+        if s.center_every and step % s.center_every == 0:
+            center_(model, x)
         with torch.autocast("cpu", torch.bfloat16, enabled=use_autocast):
             output = model(x)
         loss = F.cross_entropy(output.float(), y)
         optimizer.zero_grad()
         loss.backward()
-        if s.clip and s.method == "czm":
+        if s.norm:
+            normalize_gradients_(model, norm=s.norm, max_norm=s.clip or math.inf)
+        elif s.clip and s.method == "czm":
             nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         optimizer.step()
         schedule.step()
