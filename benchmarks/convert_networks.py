@@ -34,7 +34,7 @@ RATES = {"bn": (0.03, 0.1, 0.3), "czm": (0.03, 0.1, 0.2), "czm with norm": (0.01
 SETTINGS: dict[str, dict[str, Any]] = {
     "six_layers": {"zmg": 0.7},
     "vgg16_half": {"zmg": 0.98},
-    **dict.fromkeys(DEPTHWISE, {"norm": 0.1}),
+    **dict.fromkeys(DEPTHWISE, {"norm": 0.1, "bias_rate": 0.1}),
 }
 """What differs from one converted network to the next, found on the held-out images."""
 

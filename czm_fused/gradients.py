@@ -14,15 +14,9 @@ from czm_fused.ops.step.spec import compute_dtype
 NORM = 0.1
 """The norm that the gradient of every filter's direction gets."""
 
-MAX_NORM = 1.0
-"""The largest norm of all other gradients together."""
-
-
 @torch.no_grad()
-def normalize_gradients_(
-    model: nn.Module, *, norm: float = NORM, max_norm: float = MAX_NORM
-) -> None:
-    """Give the gradient of every filter's direction the same norm, and clip the rest, in place.
+def normalize_gradients_(model: nn.Module, *, norm: float = NORM) -> None:
+    """Give the gradient of every filter's direction the same norm, in place.
 
     For filters W = exp(g) V with unit directions V, the gradient of V is ||W|| dL/dW. So
 
@@ -33,10 +27,10 @@ def normalize_gradients_(
     (Kosson et al., arXiv 2305.17212). Without it, the filters of one network may have gradients
     that differ a hundredfold, depthwise ones above all, and the largest bound the rate.
 
-    The gradients of biases, linear layers and everything else that is no filter are clipped
-    together, by `torch.nn.utils.clip_grad_norm_`, which this takes the place of: call it between
-    `backward` and `step`; with a `GradScaler`, after `unscale_`. A gradient of 0 stays 0. Each
-    process of `fully_shard` needs its own filters alone.
+    Call it between `backward` and `step`, in place of `torch.nn.utils.clip_grad_norm_`; with a
+    `GradScaler`, after `unscale_`. The gradients of biases, linear layers and everything else that
+    is no filter stay. A gradient of 0 stays 0. Each process of `fully_shard` needs its own filters
+    alone.
 
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
         >>> network(torch.rand(16, 3, 8, 8)).square().sum().backward()
@@ -48,24 +42,15 @@ def normalize_gradients_(
     Args:
         model: the network.
         norm: the norm of each direction's gradient afterwards. Default 0.1.
-        max_norm: the largest norm of all other gradients together; infinity clips nothing.
-            Default 1.
 
     Raises:
-        ValueError: `norm` or `max_norm` is not a positive number.
+        ValueError: `norm` is not a positive number.
     """
     if not 0 < norm < math.inf:
         raise ValueError(f"norm must be a positive number, but was {norm}")
-    if not max_norm > 0:
-        raise ValueError(f"max_norm must be a positive number, but was {max_norm}")
-    weights = (each._parameters.get("weight") for each in named_convolutions(model).values())
-    filters = {weight for weight in weights if weight is not None}
-    for weight in filters:
-        if weight.grad is not None:
+    for weight in {each._parameters.get("weight") for each in named_convolutions(model).values()}:
+        if weight is not None and weight.grad is not None:
             _normalize(local(weight), local(weight.grad), norm)
-    if max_norm < math.inf:
-        others = [parameter for parameter in model.parameters() if parameter not in filters]
-        nn.utils.clip_grad_norm_(others, max_norm)
 
 
 def _normalize(weight: Tensor, grad: Tensor, norm: float) -> None:

@@ -20,6 +20,9 @@ from czm_fused.example import hooked, preserved, run_example
 from czm_fused.init import Convolution, check_module, find_stems, is_depthwise, named_convolutions
 from czm_fused.nn import ExpScale
 
+# LUMA may anchor the rows of linear layers, but never a transposed convolution.
+_PLAIN = {"exp_scale": False, "zmg": 0.0, "luma": 0.0, "max_filter_dim": 2}
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "stem": {"exp_scale": True, "zmg": 0.0},
     "spatial": {"exp_scale": True},
@@ -27,8 +30,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "depthwise": {"exp_scale": True, "zmg": 0.0},
     # A slice of one tap is its own mean; to remove it would remove the whole gradient.
     "pointwise": {"exp_scale": True, "zmg": 0.0},
-    # LUMA may anchor the rows of linear layers, but never a transposed convolution.
-    "rest": {"exp_scale": False, "zmg": 0.0, "luma": 0.0, "max_filter_dim": 2},
+    "rest": _PLAIN,
+    "bias": _PLAIN,
 }
 """The settings of each group; the optimizer's defaults hold for everything else."""
 
@@ -123,6 +126,8 @@ def czm_param_groups(
     - `pointwise`: the filters with one tap: exp-scaled and anchored; they have no spatial mean.
     - `rest`: biases, linear layers, normalisations, transposed convolutions, the parameters of
       `exp_scale(conv)`, and all else: plain momentum SGD.
+    - `bias`: the biases of convolutions, if `overrides` sets something for them, as a rate of
+      their own; plain momentum SGD, too.
 
     Every parameter is in exactly one group, frozen ones included, as they may be unfrozen. The
     modules decide: position embeddings, class tokens, `nn.Bilinear` and stacked ensembles are among
@@ -180,6 +185,9 @@ def czm_param_groups(
             roles[weight] = "stem"
         else:
             roles[weight] = _role(convolution, weight)
+    if "bias" in overrides:
+        biases = (each._parameters.get("bias") for each in convolutions.values())
+        roles.update((bias, "bias") for bias in biases if bias is not None)
 
     members: dict[str, list[tuple[str, Tensor]]] = {name: [] for name in SETTINGS}
     for name, parameter in model.named_parameters():

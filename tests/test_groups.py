@@ -105,6 +105,19 @@ def test_overrides_replace_settings_of_their_group_only():
     assert SETTINGS["rest"]["luma"] == SETTINGS["stem"]["zmg"] == 0.0
 
 
+def test_biases_of_convolutions_have_a_group_if_something_is_set_for_them():
+    model = Network()
+    groups = czm_param_groups(model, example_input=IMAGE, overrides={"bias": {"lr": 0.01}})
+    biases = ["pointwise.bias", "spatial.bias"]
+    assert by_name(groups) == {
+        **EXPECTED,
+        "rest": [name for name in EXPECTED["rest"] if name not in biases],
+        "bias": biases,
+    }
+    assert groups[-1] == {**groups[-1], **SETTINGS["rest"], "lr": 0.01}
+    assert [group["lr"] for group in FusedCZMSGD(groups, lr=0.1).param_groups][-2:] == [0.1, 0.01]
+
+
 def test_stem_is_the_first_registered_convolution_if_nothing_else_is_said():
     groups = czm_param_groups(Network())
     assert by_name(groups)["stem"] == ["pointwise.weight"]
@@ -248,7 +261,7 @@ def test_fused_czm_sgd_takes_the_groups():
     [
         ({"stem": "head"}, "stem must name a convolution of the model, one of 'pointwise'"),
         ({"stem": nn.Conv2d(1, 1, 1)}, "stem must be a convolution of the model"),
-        ({"overrides": {"bias": {}}}, "among stem, .*, pointwise, rest; but named 'bias'"),
+        ({"overrides": {"biases": {}}}, "among stem, .*, rest, bias; but named 'biases'"),
         ({"overrides": {"rest": {"betas": 1}}}, "hyperparameters among lr, .*; but set 'betas'"),
     ],
 )

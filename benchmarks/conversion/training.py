@@ -32,12 +32,12 @@ class Settings:
         steps, batch: how many steps, of how many images.
         lr: the rate, half a cosine.
         lr_rest: the rate of biases and linear layers (czm); None: `lr`.
+        bias_rate: the rate of convolutions' biases as a share of `lr` (czm); None: as `lr_rest`.
         warmup: steps of linear warm-up (czm).
         zmg, luma: of `FusedCZMSGD`.
         center_every: steps from one call of `center_` to the next (czm); 0: none.
         norm: of `normalize_gradients_` (czm); 0: none.
-        clip: bound of the norm of all gradients (czm), of those that are not normalised with `norm`;
-            0: none.
+        clip: bound of the norm of all gradients (czm), without `norm`; 0: none.
         gain, zero_mean, noise: of `convert`.
         target, branch, center: of `calibrate_`, without `gain`.
         seed: of the weights and of the order of images.
@@ -49,6 +49,7 @@ class Settings:
     batch: int = 64
     lr: float = 0.1
     lr_rest: float | None = None
+    bias_rate: float | None = None
     warmup: int = 0
     zmg: float = 0.98
     luma: float = 5e-4
@@ -81,6 +82,8 @@ def optimizer_of(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
     if s.method == "bn":
         return torch.optim.SGD(model.parameters(), lr=s.lr, momentum=0.9, weight_decay=5e-4)
     overrides = {} if s.lr_rest is None else {"rest": {"lr": s.lr_rest}}
+    if s.bias_rate is not None:
+        overrides["bias"] = {"lr": s.bias_rate * s.lr}
     groups = czm_param_groups(model, overrides=overrides)
     return FusedCZMSGD(groups, lr=s.lr, momentum=0.9, zmg=s.zmg, luma=s.luma)
 
@@ -119,7 +122,7 @@ def train(s: Settings, data: Path) -> dict[str, Any]:
         optimizer.zero_grad()
         loss.backward()
         if s.norm:
-            normalize_gradients_(model, norm=s.norm, max_norm=s.clip or math.inf)
+            normalize_gradients_(model, norm=s.norm)
         elif s.clip and s.method == "czm":
             nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         optimizer.step()
