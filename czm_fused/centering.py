@@ -40,6 +40,8 @@ def center_(model: nn.Module, example_input: Any) -> int:
     call this first before the model is compiled or sharded. Convolutions without a bias, of classes
     of their own, with a hook or parametrization on the weight, or that do not run, are left as they
     are. Under `torch.distributed` every process has to call this; the means are averaged over them.
+    Averaged copies of the model are made after the first call and average buffers as well, as
+    `torch.optim.swa_utils.AveragedModel(model, use_buffers=True)` does.
 
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
         >>> center_(network, torch.rand(16, 3, 8, 8))

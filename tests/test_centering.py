@@ -276,3 +276,13 @@ def test_it_trains_a_converted_network():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_averaged_copies_average_the_means_with_the_biases():
+    model, x = network(), images()
+    center_(model, x)
+    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for factor in (1, 2, 3):
+        center_(model, factor * images())
+        averaged.update_parameters(model)
+    assert (averaged(x) - model(x)).abs().max() <= bound(model(x))
