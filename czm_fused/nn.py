@@ -43,6 +43,7 @@ def _multiply_by_noise(x: Tensor, amplitude: float) -> Tensor:
 
 # torch.fx records a call instead of tracing what it does with shapes.
 torch.fx.wrap("residual_tail")
+torch.fx.wrap("mean_response")
 torch.fx.wrap("_multiply_by_noise")
 
 
@@ -61,9 +62,12 @@ def mean_response(weight: Tensor, input_mean: Tensor, groups: int) -> Tensor:
         input_mean: of shape (channels,).
         groups: of the convolution.
     """
-    filters = weight.flatten(2).sum(dim=2)
-    means = input_mean.view(groups, 1, -1).expand(-1, filters.shape[0] // groups, -1)
-    return (filters * means.reshape(filters.shape)).sum(dim=1).to(weight.dtype)
+    # Over dimensions of taps, as a view of fewer dimensions would cost the gradient a copy.
+    filters = weight.sum(dim=list(range(2, weight.dim())))
+    if groups > 1:
+        means = input_mean.view(groups, 1, -1).expand(-1, filters.shape[0] // groups, -1)
+        input_mean = means.reshape(filters.shape)
+    return (filters * input_mean).sum(dim=1).to(weight.dtype)
 
 
 class _CZMConv(_ConvNd):
