@@ -147,7 +147,8 @@ def convert(
     backward. Everything else stays: a warning names every normalisation that does, and
     `plan_conversion` lists the reasons. The stem is marked, so that `czm_param_groups(model)` finds
     it. Make optimizers and averaged copies of the model afterwards, as parameters are added and
-    removed.
+    removed. While the model is trained, `czm_fused.center_` takes away what BatchNorm took from the
+    means.
 
     With `from_pretrained`, the model keeps what it has learnt: the running statistics are folded
     into the weight and bias of the convolution before,
