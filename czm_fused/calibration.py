@@ -23,7 +23,7 @@ from czm_fused._internal.residual import branch_ends
 from czm_fused._internal.signals import first_floating_point
 from czm_fused._internal.text import Tabular, shorten
 from czm_fused._internal.undo import undone_on_error
-from czm_fused.example import first_that_runs, hooked, preserved, run_example
+from czm_fused.example import first_that_runs, hooked, preserved, run_checked, run_example
 from czm_fused.init import Convolution, is_depthwise, named_convolutions
 from czm_fused.ops.step.reference import filter_norms
 from czm_fused.ops.step.spec import compute_dtype
@@ -179,11 +179,11 @@ def calibrate_(
 
     with undone_on_error(model, convolutions.values()), preserved(model):
         _to_measuring_mode(model)
-        output_before = _output_spread(_run(model, example_input))
+        output_before = _output_spread(run_checked(model, example_input))
         ends = branch_ends(model, convolutions, example_input)
         calibration = _Calibration(convolutions, ends, target, branch, center, weigh_taps)
         with calibration.hooked():
-            output_after = _output_spread(_run(model, example_input))
+            output_after = _output_spread(run_checked(model, example_input))
         if not calibration.layers:
             raise ValueError(
                 "example_input must reach a convolution of the model, but none ran on it; "
@@ -367,16 +367,6 @@ def _to_measuring_mode(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _NormBase):
             module.train()
-
-
-def _run(model: nn.Module, example_input: Any) -> Any:
-    try:
-        return run_example(model, example_input)
-    except Exception as error:
-        raise ValueError(
-            "example_input must be a batch that model takes in eval mode, but the model raised "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
 
 def _check_example(convolutions: dict[str, Convolution], example_input: Any) -> None:

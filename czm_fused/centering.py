@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from czm_fused._internal.sharding import is_dtensor
-from czm_fused.example import hooked, preserved, run_example
-from czm_fused.init import CONVOLUTIONS, named_convolutions
+from czm_fused.example import hooked, preserved, run_checked
+from czm_fused.init import CONVOLUTIONS, check_module, named_convolutions
 from czm_fused.nn import CZMConv1d, CZMConv2d, CZMConv3d, mean_response
 from czm_fused.ops.step.spec import compute_dtype
 
@@ -59,14 +59,28 @@ def center_(model: nn.Module, example_input: Any) -> int:
         The number of convolutions that read their input relative to its mean.
 
     Raises:
-        ValueError: a mean is not finite. The model is as it was.
+        TypeError: `model` is not an `nn.Module`.
+        ValueError: no convolution of the model can be centred, none of those runs on
+            `example_input`, the model fails on it in eval mode, or a mean is not finite. The model
+            is as it was.
     """
+    check_module(model)
     convolutions = [each for each in named_convolutions(model).items() if _can_be_centered(each[1])]
+    if not convolutions:
+        raise ValueError(
+            "model must have a convolution with a bias, of a class of torch or of this package, "
+            "but had none; convert() adds biases, and fully_shard comes after the first call"
+        )
     means = _Means(dict(convolutions))
     with preserved(model), hooked(means.hooks()):
         model.eval()
-        run_example(model, example_input)
+        run_checked(model, example_input)
     measured = means.averaged()
+    if not measured:
+        raise ValueError(
+            "example_input must reach a convolution of the model that has a bias, but none ran on "
+            "it; pass what the model takes in training"
+        )
     for name, mean in measured.items():
         if not bool(mean.isfinite().all()):
             raise ValueError(

@@ -117,6 +117,21 @@ def run_example(model: nn.Module, example_input: Any) -> Any:
         return call(model, example_input)
 
 
+def run_checked(model: nn.Module, example_input: Any) -> Any:
+    """Return what `run_example` does for a model in eval mode.
+
+    Raises:
+        ValueError: the model fails on the input.
+    """
+    try:
+        return run_example(model, example_input)
+    except Exception as error:
+        raise ValueError(
+            "example_input must be a batch that model takes in eval mode, but the model raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
 def call(model: nn.Module, example_input: Any) -> Any:
     """Return what `model` makes of `example_input`, as in `run_example`, with gradients if on."""
     if isinstance(example_input, Mapping):

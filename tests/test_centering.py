@@ -231,6 +231,27 @@ def test_not_finite_means_change_nothing():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("model", "example", "error", "message"),
+    [
+        (nn.Conv2d(3, 3, 1, bias=False), images(), ValueError, "a convolution with a bias"),
+        (nn.Linear(3, 3), images(), ValueError, "a convolution with a bias"),
+        ([nn.Conv2d(3, 3, 1)], images(), TypeError, "nn.Module"),
+        (network(), images()[:, :2], ValueError, "but the model raised RuntimeError"),
+        (network(), images().float(), ValueError, "but the model raised RuntimeError"),
+        (nn.ModuleDict({"a": nn.Conv2d(3, 3, 1)}), images(), ValueError, "but the model raised"),
+    ],
+    ids=["no bias", "no convolution", "no module", "channels", "dtype", "no forward pass"],
+)
+def test_bad_input_is_named(model, example, error, message):
+    before = copy.deepcopy(model.state_dict()) if isinstance(model, nn.Module) else {}
+    with pytest.raises(error, match=message):
+        center_(model, example)
+    after = model.state_dict() if isinstance(model, nn.Module) else {}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_compiled_model_sees_new_means():
     model, x = network(), images()
     center_(model, x)

@@ -211,6 +211,7 @@ def test_centered_and_normalized_gradients():
         assert_near(model, single)
         for each, other in ((model[0], single[0]), (model[2], single[2])):
             assert (each.input_mean - other.input_mean).abs().max() <= 1e-6
+        assert (model[0].input_mean - x.mean(dim=(0, 2, 3))).abs().max() <= 1e-6
 
 
 @on_both_ranks
