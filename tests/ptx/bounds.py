@@ -36,7 +36,7 @@ CASES = {
     ),
     "bfloat16": (
         Case((4, 512, 3, 3), torch.bfloat16),
-        {"cuda": Numbers(1, 1, 4.5), "triton": Numbers(1, 2.06, 1.2)},
+        {"cuda": Numbers(1, 1, 4.5), "triton": Numbers(1, 2.06, 1.36)},
     ),
     "misaligned": (
         Case((4, 512, 3, 3), offset=1),
@@ -76,10 +76,11 @@ CASES = {
     ),
 }
 
-# Global loads that wait for one another before the first weight is asked for, at most.
+# Global loads that wait for one another before the first weight is asked for, at most: of aligned
+# filters that registers hold, and of those that are misaligned or read twice.
 LOADS_BEFORE_WEIGHT = {
-    "plain": {"cuda": 1, "triton": 2},
-    "GradScaler and a rate on the device": {"cuda": 1, "triton": 3},
+    "plain": {"cuda": (1, 1), "triton": (1, 2)},
+    "GradScaler and a rate on the device": {"cuda": (1, 2), "triton": (1, 2)},
 }
 
 # The share of a CIFAR ResNet's blocks in which fewer than half of the threads load a weight.

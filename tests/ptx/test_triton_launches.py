@@ -73,13 +73,14 @@ def test_every_filter_has_one_program(dtype):
         StepTensor.of(param, flags, 0) for param, flags in zip(params, all_flags, strict=True)
     ]
     plan = step.TritonStep([*tensors, None], torch.device("cpu"))
-    rows, descriptors = plan._program_rows, plan.descriptors
     for number, param in enumerate(params):
-        programs = np.flatnonzero(rows == number)
-        first = descriptors[number, FIELD["first_filter"]]
-        filters = -(-param.numel() // descriptors[number, FIELD["filter_numel"]])
-        np.testing.assert_array_equal(programs, first + np.arange(filters))
-    assert len(params) not in rows
+        items = plan._items[plan._items["tensor"] == number]
+        filter_numel = plan.descriptors[number, FIELD["filter_numel"]]
+        np.testing.assert_array_equal(items["first"], np.arange(0, param.numel(), filter_numel))
+        np.testing.assert_array_equal(
+            items["numel"], np.minimum(filter_numel, param.numel() - items["first"])
+        )
+    assert len(params) not in plan._items["tensor"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -91,7 +92,7 @@ def test_tiles_hold_whole_channels(dtype, length):
         StepTensor.of(param, flags, 0) for param, flags in zip(params, all_flags, strict=True)
     ]
     for row in step.TritonStep(tensors, torch.device("cpu")).descriptors:
-        channels, tile_channels, tiles, _ = step._tile_fields(row, shape.tile)
+        channels, tile_channels, tiles = step.tiles_of(row, shape.tile)
         taps = row[FIELD["taps"]]
         assert channels * taps == row[FIELD["filter_numel"]]
         assert tile_channels * taps <= shape.tile
@@ -146,14 +147,37 @@ def test_a_compiled_kernel_is_launched_without_the_binder(launches):
         assert direct == (*bound, *constants.values())
         # Nothing has moved, so no table was sent again.
         assert direct[0] is bound[0] and direct[1] is bound[1]
-    rows, arguments = launches.direct[-1][1][:2]
-    assert rows is launches.bound[0][1][0]
+    items, arguments = launches.direct[-1][1][:2]
+    assert items is launches.bound[0][1][0]
     assert arguments[: len(params)].tolist() == [grad.data_ptr() for grad in grads[1]]
     # GradScaler's tensors are arguments of another kernel.
     found_inf = torch.zeros(())
     plan.run(plan.read(params, grads[0], states), HYPERPARAMETERS, None, found_inf)
     assert len(launches.bound) == 4
     assert launches.bound[-1][1][6] is found_inf
+
+
+def test_only_misaligned_tensors_are_read_one_element_at_a_time(launches):
+    params = [torch.zeros(8, 16, 3, 3), torch.zeros(4, 512, 3, 3), torch.zeros(8, 3, 7, 7)]
+    tensors = [StepTensor.of(param, FILTER, 0) for param in params]
+    states = [make_state(param, FILTER) for param in params]
+    plan = DevicePlan(tensors, torch.device("cpu"), "triton")
+    aligned = [torch.ones_like(param) for param in params]
+    off = torch.ones(params[0].numel() + 1)[1:].view_as(params[0])
+    for grads, expected in [
+        (aligned, {0: step.HELD_FEW, 1: step.HELD_MANY, 2: step.STREAMED}),
+        ([off, *aligned[1:]], {0: step.STREAMED, 1: step.HELD_MANY, 2: step.STREAMED}),
+        (aligned, {0: step.HELD_FEW, 1: step.HELD_MANY, 2: step.STREAMED}),
+    ]:
+        plan.run(plan.read(params, grads, states), HYPERPARAMETERS, None, None)
+        table = (launches.direct or launches.bound)[-1][1][0]
+        items = table.numpy().view(step.WORK_ITEM)
+        paths = {number: set(items["path"][items["tensor"] == number]) for number in expected}
+        assert paths == {number: {path} for number, path in expected.items()}
+        np.testing.assert_array_equal(
+            items["param"],
+            [params[n].data_ptr() + 4 * first for n, first in items[["tensor", "first"]].tolist()],
+        )
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ pytestmark = [
 ]
 
 TYPES = {
-    "rows": "*i64",
+    "items": "*i64",
     "arguments": "*i64",
-    "row_count": "i32",
+    "tensor_count": "i32",
     "group_count": "i32",
     "first_program": "i32",
     "grad_scale": "*fp32",

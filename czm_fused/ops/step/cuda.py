@@ -18,6 +18,7 @@ from czm_fused.ops.step.descriptors import Hyperparameters, StepTensor, build_de
 from czm_fused.ops.step.device_table import DeviceTable, keep_for_replays
 from czm_fused.ops.step.spec import DTYPES, FIELD, HYPERPARAMETER_NAMES
 from czm_fused.ops.step.tensors import StepInputs
+from czm_fused.ops.step.work_items import with_addresses
 
 _LOG_WARP = 5
 _WARP = 1 << _LOG_WARP
@@ -31,12 +32,12 @@ FEW_WORDS = (4096 - 32) // 8
 MANY_WORDS = (32764 - 32) // 8
 IN_PACKS, CHANNELS_LAST, NEEDS_NORMS = 1, 2, 4
 _FLAG_BITS = 3
-_PARAM_ADDRESSES = ("param", "momentum_buffer", "param_remainder")
-_FILTER_ADDRESSES = ("log_scale", "log_scale_momentum_buffer")
-WORK_ITEM = np.dtype(
-    [(name, "<i8") for name in (*_PARAM_ADDRESSES, *_FILTER_ADDRESSES, "step", "first")]
-    + [(name, "<i4") for name in ("numel", "filter_numel", "taps", "tensor", "group", "flags")]
-)
+_WIDE_FIELDS = (
+    "param", "momentum_buffer", "param_remainder", "log_scale", "log_scale_momentum_buffer", "step",
+    "first",
+)  # fmt: skip
+_FIELDS = ("numel", "filter_numel", "taps", "tensor", "group", "flags")
+WORK_ITEM = np.dtype([(name, "<i8") for name in _WIDE_FIELDS] + [(name, "<i4") for name in _FIELDS])
 
 
 class Size(NamedTuple):
@@ -87,19 +88,8 @@ class Launch:
 
     def set_addresses(self, descriptors: np.ndarray) -> None:
         """Write the addresses of `descriptors`, those of all tensors of the plan, to new items."""
-        size = SIZES[self.dtype]
-        items = self.items.copy()
-        rows = descriptors[self.tensors][items["tensor"]]
-        filters = items["first"] // items["filter_numel"]
-        for name in (*_PARAM_ADDRESSES, *_FILTER_ADDRESSES, "step"):
-            base = rows[:, FIELD[name]]
-            offset: Any = 0
-            if name in _PARAM_ADDRESSES:
-                offset = items["first"] * (2 if name == "param_remainder" else size.itemsize)
-            elif name in _FILTER_ADDRESSES:
-                offset = filters * size.compute_itemsize
-            items[name] = np.where((base != 0) & (items["numel"] > 0), base + offset, 0)
-        self.items, self.words = items, items.view(np.int64)
+        self.items = with_addresses(self.items, descriptors[self.tensors])
+        self.words = self.items.view(np.int64)
 
 
 class LaunchArguments(NamedTuple):

@@ -11,21 +11,30 @@ from torch import Tensor
 
 from czm_fused.ops.step.descriptors import Hyperparameters, StepTensor, build_descriptors
 from czm_fused.ops.step.device_table import DeviceTable, keep_for_replays
-from czm_fused.ops.step.spec import (
-    DESCRIPTOR_FIELDS,
-    FIELD,
-    HYPERPARAMETER_NAMES,
-    StepFlag,
-)
+from czm_fused.ops.step.spec import DTYPES, FIELD, HYPERPARAMETER_NAMES, StepFlag
 from czm_fused.ops.step.tensors import StepInputs
-from czm_fused.ops.step.triton_kernel import RECIPROCAL_BITS, TILE_FIELDS, step_kernel
+from czm_fused.ops.step.triton_kernel import (
+    FIELDS,
+    HELD_FEW,
+    HELD_MANY,
+    RECIPROCAL_BITS,
+    STREAMED,
+    STREAMED_VECTORS,
+    WIDE_FIELDS,
+    step_kernel,
+)
+from czm_fused.ops.step.work_items import with_addresses
 from czm_fused.ops.triton_utils import TRITON_DTYPES, current, real_dtype
 
-_COLUMNS = len(DESCRIPTOR_FIELDS) + len(TILE_FIELDS)
+WORK_ITEM = np.dtype([(name, "<i8") for name in WIDE_FIELDS] + [(name, "<i4") for name in FIELDS])
 # Offsets inside a filter and numbers of programs are int32, and reach a tile beyond their end.
 _INT32_LIMIT = 2**31 - 2**16
 # Tiles are a multiple of this many channels, so that aligned filters have aligned tiles.
 _VECTOR = 4
+# What a thread loads at once, in elements and in bytes of each dtype, and in bytes of remainders.
+_VECTORS = np.array([min(_VECTOR, 16 // dtype.itemsize) for dtype in DTYPES])
+_VECTOR_BYTES = _VECTORS * [dtype.itemsize for dtype in DTYPES]
+_REMAINDER_VECTOR_BYTES = 2 * _VECTOR
 
 
 class LaunchShape(NamedTuple):
@@ -75,14 +84,15 @@ class TritonStep:
     def __init__(self, tensors: Sequence[StepTensor | None], device: torch.device) -> None:
         self.descriptors, _ = build_descriptors(tensors, _BLOCK_NUMEL)
         self._device = device
-        self._launches, self._tiles, self._program_rows = _schedule(tensors, self.descriptors)
+        self._launches, self._items = _schedule(tensors, self.descriptors)
         self._groups = 1 + int(self.descriptors[:, FIELD["group"]].max(initial=0))
         numbers = self._groups * len(HYPERPARAMETER_NAMES)
-        self._rows = DeviceTable(len(tensors) * _COLUMNS + len(self._program_rows), device)
-        self._arguments = DeviceTable(len(tensors) + 2 * numbers + (numbers + 1) // 2, device)
+        self._item_table = DeviceTable(self._items.nbytes // 8, device)
+        self._argument_table = DeviceTable(len(tensors) + 2 * numbers + (numbers + 1) // 2, device)
         # What was sent last, and what it was made of.
-        self._described, self._words = b"", np.empty(0, dtype=np.int64)
-        self._argued: tuple[bytes, Hyperparameters | None] = b"", None
+        self._addresses: bytes | None = None
+        self._hyperparameters: Hyperparameters | None = None
+        self._itemized, self._item_words = b"", np.empty(0, dtype=np.int64)
         self._argument_words = np.empty(0, dtype=np.int64)
 
     def __call__(
@@ -92,31 +102,42 @@ class TritonStep:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        descriptors, grads = inputs.tables()
-        described = descriptors.tobytes()
-        if described != self._described:
-            rows = np.concatenate([descriptors, self._tiles], axis=1)
-            self._words = np.concatenate([rows.ravel(), self._program_rows])
-            self._described = described
-        grad_bytes = grads.tobytes()
-        if grad_bytes != self._argued[0] or hyperparameters is not self._argued[1]:
-            self._argument_words = self._words_of(grad_bytes, hyperparameters)
-            self._argued = grad_bytes, hyperparameters
+        if not self._launches:
+            return
+        if inputs.addresses != self._addresses:
+            self._set_item_words(inputs)
+            self._addresses, self._hyperparameters = inputs.addresses, None
+        if hyperparameters is not self._hyperparameters:
+            self._argument_words = self._words_of(inputs, hyperparameters)
+            self._hyperparameters = hyperparameters
         with current(self._device):
             if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 states = [list(state.values()) for state in inputs.states if state]
                 keep_for_replays(states, hyperparameters, grad_scale, found_inf)
-            tables = self._rows.send(self._words), self._arguments.send(self._argument_words)
+            items = self._item_table.send(self._item_words)
+            arguments = self._argument_table.send(self._argument_words)
             for launch in self._launches:
-                launch(*tables, len(grads), self._groups, grad_scale, found_inf)
+                launch(items, arguments, len(inputs.params), self._groups, grad_scale, found_inf)
 
-    def _words_of(self, grads: bytes, hyperparameters: Hyperparameters) -> np.ndarray:
+    def _set_item_words(self, inputs: StepInputs) -> None:
+        descriptors, grads = inputs.tables()
+        # A program that had to know its gradient's address first would ask for its weights later,
+        # so the item says how that address is aligned, and no more.
+        misaligned = grads % _VECTOR_BYTES[descriptors[:, FIELD["dtype"]]] != 0
+        itemized = descriptors.tobytes() + misaligned.tobytes()
+        if itemized != self._itemized:
+            items = with_addresses(self._items, descriptors)
+            _stream_misaligned(items, descriptors, misaligned)
+            self._itemized, self._item_words = itemized, items.view(np.int64)
+
+    def _words_of(self, inputs: StepInputs, hyperparameters: Hyperparameters) -> np.ndarray:
         addresses = hyperparameters.addresses[: self._groups]
         values = hyperparameters.values[: self._groups]
         # float64 stays out of a float32 kernel, since not every device has it.
         rounded = np.zeros(values.size + values.size % 2, dtype=np.float32)
         rounded[: values.size] = values.ravel()
-        data = grads + addresses.tobytes() + values.tobytes() + rounded.tobytes()
+        _, grads = inputs.tables()
+        data = grads.tobytes() + addresses.tobytes() + values.tobytes() + rounded.tobytes()
         return np.frombuffer(data, dtype=np.int64)
 
 
@@ -135,22 +156,22 @@ class _Launch:
 
     def __call__(
         self,
-        rows: Tensor,
+        items: Tensor,
         arguments: Tensor,
-        row_count: int,
+        tensor_count: int,
         group_count: int,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        numbers = (row_count, group_count, self._first_program)
+        numbers = (tensor_count, group_count, self._first_program)
         key = grad_scale is None, found_inf is None
         if key in self._compiled:
             self._compiled[key](
-                rows, arguments, *numbers, grad_scale, found_inf, *self._constants.values()
+                items, arguments, *numbers, grad_scale, found_inf, *self._constants.values()
             )
             return
         kernel = step_kernel[self._grid](
-            rows,
+            items,
             arguments,
             *numbers,
             grad_scale,
@@ -183,41 +204,33 @@ def launch_shapes(dtype: torch.dtype) -> tuple[LaunchShape, LaunchShape]:
 
 def _schedule(
     tensors: Sequence[StepTensor | None], descriptors: np.ndarray
-) -> tuple[list[_Launch], np.ndarray, np.ndarray]:
+) -> tuple[list[_Launch], np.ndarray]:
     """Deal the filters of all tensors out to programs, and these to launches.
 
-    Sets the descriptors' first filters, and their layout where nothing depends on it.
-
     Returns:
-        The launches, the `TILE_FIELDS` of each tensor, and the row of each program.
+        The launches, and the work item of each program, without addresses.
     """
-    tiles = np.zeros((len(tensors), len(TILE_FIELDS)), dtype=np.int64)
     numbers_of: dict[tuple[torch.dtype, bool, LaunchShape], list[int]] = {}
     for number, (tensor, row) in enumerate(zip(tensors, descriptors, strict=True)):
         if tensor is None or row[FIELD["numel"]] == 0:
             continue
-        if row[FIELD["taps"]] == 1:
-            row[FIELD["channels_last"]] = 0
         shape, long_shape = launch_shapes(tensor.dtype)
-        tiles[number] = _tile_fields(row, shape.tile)
-        if tiles[number, TILE_FIELDS.index("tiles")] > shape.many:
+        if tiles_of(row, shape.tile).number > shape.many:
             shape = long_shape
-            tiles[number] = _tile_fields(row, shape.tile)
         split = bool(tensor.flags & StepFlag.MASTER_WEIGHTS)
         numbers_of.setdefault((tensor.dtype, split, shape), []).append(number)
 
-    launches, program_rows, first = [], [np.empty(0, dtype=np.int64)], 0
+    launches, items, first = [], [np.empty(0, dtype=WORK_ITEM)], 0
     for (dtype, split, shape), numbers in numbers_of.items():
         # Longer programs start first, so that short ones fill the processors up at the end.
         numbers.sort(key=lambda number: -descriptors[number, FIELD["filter_numel"]])
         rows = descriptors[numbers]
-        programs = -(-rows[:, FIELD["numel"]] // rows[:, FIELD["filter_numel"]])
-        _check_counts(rows, first + int(programs.sum()))
-        descriptors[numbers, FIELD["first_filter"]] = first + np.cumsum(programs) - programs
-        program_rows.append(np.repeat(np.array(numbers, dtype=np.int64), programs))
-        launches.append(_Launch(first, int(programs.sum()), dtype, split, shape))
-        first += int(programs.sum())
-    return launches, tiles, np.concatenate(program_rows)
+        programs = int((-(-rows[:, FIELD["numel"]] // rows[:, FIELD["filter_numel"]])).sum())
+        _check_counts(rows, first + programs)
+        items += [_items_of(descriptors[number], number, shape) for number in numbers]
+        launches.append(_Launch(first, programs, dtype, split, shape))
+        first += programs
+    return launches, np.concatenate(items)
 
 
 def _check_counts(rows: np.ndarray, programs: int) -> None:
@@ -229,12 +242,68 @@ def _check_counts(rows: np.ndarray, programs: int) -> None:
         )
 
 
-def _tile_fields(row: np.ndarray, tile: int) -> tuple[int, int, int, int]:
-    """Return the `TILE_FIELDS` of a tensor in tiles of `tile` weights."""
+class Tiles(NamedTuple):
+    """The tiles of a filter.
+
+    Attributes:
+        channels: of the filter.
+        tile_channels: of a tile; 0 where a channel has more taps than fit, which has its own path.
+        number: of tiles.
+    """
+
+    channels: int
+    tile_channels: int
+    number: int
+
+
+def tiles_of(row: np.ndarray, tile: int) -> Tiles:
+    """Return the tiles, of at most `tile` weights, of a filter of the tensor in `row`."""
     taps, filter_numel = int(row[FIELD["taps"]]), int(row[FIELD["filter_numel"]])
     channels = filter_numel // taps
-    # A channel of more taps than fit has a path of its own.
     tile_channels = channels if filter_numel <= tile else tile // taps // _VECTOR * _VECTOR
-    tiles = -(-channels // tile_channels) if tile_channels else channels * -(-taps // tile)
-    divisor = tile_channels if row[FIELD["channels_last"]] else taps
-    return channels, tile_channels, tiles, -(-(1 << RECIPROCAL_BITS) // max(divisor, 1))
+    number = -(-channels // tile_channels) if tile_channels else channels * -(-taps // tile)
+    return Tiles(channels, tile_channels, number)
+
+
+def _items_of(row: np.ndarray, number: int, shape: LaunchShape) -> np.ndarray:
+    """Return the work items of a tensor whose memory is aligned."""
+    numel, filter_numel = int(row[FIELD["numel"]]), int(row[FIELD["filter_numel"]])
+    channels, tile_channels, tiles = tiles_of(row, shape.tile)
+    first = np.arange(0, numel, filter_numel)
+    items = np.zeros(len(first), dtype=WORK_ITEM)
+    items["first"] = first
+    # The last block of a plain tensor is shorter than the others.
+    items["numel"] = np.minimum(numel - first, filter_numel)
+    items["taps"] = row[FIELD["taps"]]
+    items["channels"] = np.minimum(channels, items["numel"])
+    # Nothing depends on the layout of single taps.
+    channels_last = bool(row[FIELD["channels_last"]]) and row[FIELD["taps"]] > 1
+    items["channels_last"] = channels_last
+    items["tile_channels"] = tile_channels
+    divisor = tile_channels if channels_last else int(row[FIELD["taps"]])
+    items["reciprocal"] = -(-(1 << RECIPROCAL_BITS) // max(divisor, 1))
+    items["needs_norms"] = row[FIELD["needs_norms"]]
+    items["tensor"], items["group"] = number, row[FIELD["group"]]
+    path = HELD_FEW if tiles <= shape.few else HELD_MANY
+    if tiles > shape.many:
+        path = STREAMED_VECTORS
+    # Vectors are whole where the runs of a filter's memory are: all of it, or a tap's channels.
+    runs = items["channels"] if channels_last else items["numel"]
+    vector = _VECTORS[row[FIELD["dtype"]]]
+    items["path"] = np.where((runs % vector == 0) & (tile_channels > 0), path, STREAMED)
+    return items
+
+
+def _stream_misaligned(items: np.ndarray, descriptors: np.ndarray, misaligned: np.ndarray) -> None:
+    """Have items of misaligned memory stepped one element at a time.
+
+    Args:
+        items: with addresses.
+        misaligned: which tensors have misaligned gradients.
+    """
+    dtypes = descriptors[items["tensor"], FIELD["dtype"]]
+    addresses = items["param"] | items["momentum_buffer"]
+    in_vectors = addresses % _VECTOR_BYTES[dtypes] == 0
+    in_vectors &= items["param_remainder"] % _REMAINDER_VECTOR_BYTES == 0
+    in_vectors &= ~misaligned[items["tensor"]]
+    items["path"][~in_vectors] = STREAMED

@@ -4,6 +4,10 @@ A filter is taken in tiles of TILE weights, each the taps of `tile_channels` cha
 few tiles is loaded as a whole, W, dW and m at once, and held in registers until it is stored: each
 weight is read once. A longer one is read twice, for <W, W> and <dW, W>, then for the update.
 
+A program reads what it does from one work item, and waits for nothing else before it asks for the
+weights of a filter in registers: the gradient's address and the hyperparameters follow, and what a
+GradScaler has found decides no more than whether anything is written.
+
 Threads hold a tile in the order of its memory, so that loads and stores are contiguous in either
 layout. The sums over the taps, which CZMG removes, are taken from shared memory, where `tl.gather`
 hands each thread the taps of one channel.
@@ -19,41 +23,51 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from czm_fused.ops.step.spec import DESCRIPTOR_FIELDS, FIELD, HYPERPARAMETER_NAMES
+from czm_fused.ops.step.spec import ADDRESSES, HYPERPARAMETER_NAMES
 from czm_fused.ops.step.triton_rule import filter_rule, hyperparameters
 from czm_fused.ops.triton_utils import multiple, read
 
-# What a row says of its filters beside the fields of a descriptor, see `triton.py`.
-TILE_FIELDS = ("channels", "tile_channels", "tiles", "reciprocal")
+# A work item says what one program does: int64 fields, then int32 fields. See `triton.py`.
+WIDE_FIELDS = (*ADDRESSES, "first")
+FIELDS = (
+    "numel", "taps", "channels", "channels_last", "tile_channels", "reciprocal", "needs_norms",
+    "path", "tensor", "group",
+)  # fmt: skip
+# How a filter is stepped: read twice, one element at a time or in vectors; or held in registers.
+STREAMED, STREAMED_VECTORS, HELD_FEW, HELD_MANY = range(4)
 # The quotient of a number below 1024 by d, rounded down, is number * ceil(2**20 / d) >> 20.
 RECIPROCAL_BITS = 20
 
-_ROW_COLUMNS = tl.constexpr(len(DESCRIPTOR_FIELDS) + len(TILE_FIELDS))
-_PARAM = tl.constexpr(FIELD["param"])
-_MOMENTUM_BUFFER = tl.constexpr(FIELD["momentum_buffer"])
-_LOG_SCALE = tl.constexpr(FIELD["log_scale"])
-_LOG_SCALE_MOMENTUM_BUFFER = tl.constexpr(FIELD["log_scale_momentum_buffer"])
-_STEP = tl.constexpr(FIELD["step"])
-_PARAM_REMAINDER = tl.constexpr(FIELD["param_remainder"])
-_NUMEL = tl.constexpr(FIELD["numel"])
-_FILTER_NUMEL = tl.constexpr(FIELD["filter_numel"])
-_TAPS = tl.constexpr(FIELD["taps"])
-_CHANNELS_LAST = tl.constexpr(FIELD["channels_last"])
-_NEEDS_NORMS = tl.constexpr(FIELD["needs_norms"])
-_GROUP = tl.constexpr(FIELD["group"])
-_FIRST_FILTER = tl.constexpr(FIELD["first_filter"])
-_CHANNELS = tl.constexpr(len(DESCRIPTOR_FIELDS) + TILE_FIELDS.index("channels"))
-_TILE_CHANNELS = tl.constexpr(len(DESCRIPTOR_FIELDS) + TILE_FIELDS.index("tile_channels"))
-_TILES = tl.constexpr(len(DESCRIPTOR_FIELDS) + TILE_FIELDS.index("tiles"))
-_RECIPROCAL = tl.constexpr(len(DESCRIPTOR_FIELDS) + TILE_FIELDS.index("reciprocal"))
+_STREAMED = tl.constexpr(STREAMED)
+_HELD_FEW = tl.constexpr(HELD_FEW)
+_HELD_MANY = tl.constexpr(HELD_MANY)
 _RECIPROCAL_BITS = tl.constexpr(RECIPROCAL_BITS)
+
+_WIDE_FIELDS = tl.constexpr(len(WIDE_FIELDS))
+_ITEM_WORDS = tl.constexpr(len(WIDE_FIELDS) + len(FIELDS) // 2)
+_PARAM = tl.constexpr(WIDE_FIELDS.index("param"))
+_MOMENTUM_BUFFER = tl.constexpr(WIDE_FIELDS.index("momentum_buffer"))
+_LOG_SCALE = tl.constexpr(WIDE_FIELDS.index("log_scale"))
+_LOG_SCALE_MOMENTUM_BUFFER = tl.constexpr(WIDE_FIELDS.index("log_scale_momentum_buffer"))
+_STEP = tl.constexpr(WIDE_FIELDS.index("step"))
+_PARAM_REMAINDER = tl.constexpr(WIDE_FIELDS.index("param_remainder"))
+_FIRST = tl.constexpr(WIDE_FIELDS.index("first"))
+_NUMEL = tl.constexpr(FIELDS.index("numel"))
+_TAPS = tl.constexpr(FIELDS.index("taps"))
+_CHANNELS = tl.constexpr(FIELDS.index("channels"))
+_CHANNELS_LAST = tl.constexpr(FIELDS.index("channels_last"))
+_TILE_CHANNELS = tl.constexpr(FIELDS.index("tile_channels"))
+_RECIPROCAL = tl.constexpr(FIELDS.index("reciprocal"))
+_NEEDS_NORMS = tl.constexpr(FIELDS.index("needs_norms"))
+_PATH = tl.constexpr(FIELDS.index("path"))
+_TENSOR = tl.constexpr(FIELDS.index("tensor"))
+_GROUP = tl.constexpr(FIELDS.index("group"))
 
 _GROUP_COLUMNS = tl.constexpr(len(HYPERPARAMETER_NAMES))
 
 
 class _Filter(NamedTuple):
     weight: tl.tensor  # addresses
-    grad: tl.tensor
     momentum: tl.tensor  # 0 without momentum
     remainder: tl.tensor  # 0 without SPLIT
     numel: tl.tensor
@@ -67,8 +81,10 @@ class _Filter(NamedTuple):
 
 
 class _Sources(NamedTuple):
-    """Where the rule of a filter is read from: addresses, or 0."""
+    """Where all else is read from: addresses, or 0."""
 
+    grad: tl.tensor  # of the tensor's first weight
+    first: tl.tensor  # weights of the tensor before the filter
     hyper_addresses: tl.tensor
     hyper_values: tl.tensor
     step: tl.tensor
@@ -84,37 +100,52 @@ class _Scale(NamedTuple):
 
 
 @triton.jit
-def _pointers(filter, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    ALIGNMENT: tl.constexpr = VECTOR * DTYPE.primitive_bitwidth // 8
-    weights = tl.multiple_of(filter.weight.to(tl.pointer_type(DTYPE)), ALIGNMENT)
-    grads = tl.multiple_of(filter.grad.to(tl.pointer_type(DTYPE)), ALIGNMENT)
-    momenta = tl.multiple_of(filter.momentum.to(tl.pointer_type(DTYPE)), ALIGNMENT)
-    # int16 has the size of the dtypes that have remainders, and for others the hint is not used.
-    remainders = tl.multiple_of(filter.remainder.to(tl.pointer_type(tl.int16)), 2 * VECTOR)
-    return weights, remainders, grads, momenta
+def _pointer(address, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """The elements at an address, of which VECTOR are aligned as a whole."""
+    return tl.multiple_of(
+        address.to(tl.pointer_type(DTYPE)), VECTOR * DTYPE.primitive_bitwidth // 8
+    )
+
+
+@triton.jit
+def _grad_pointer(sources, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    # The address comes after the work item, so nothing is made of it until weights are asked for.
+    begin = sources.first * (DTYPE.primitive_bitwidth // 8)
+    return _pointer(sources.grad + begin, DTYPE, VECTOR)
 
 
 @triton.jit
 def _read_weight(
-    weights, remainders, offsets, mask, REAL: tl.constexpr, SPLIT: tl.constexpr,
+    filter, offsets, mask, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    weight = read(weights, offsets, mask, VECTOR).to(REAL)
+    weight = read(_pointer(filter.weight, DTYPE, VECTOR), offsets, mask, VECTOR).to(REAL)
     if SPLIT:
-        remainder = read(remainders, offsets, mask, VECTOR)
+        remainder = read(_pointer(filter.remainder, tl.int16, VECTOR), offsets, mask, VECTOR)
         remainder = tl.where((weight == 0) & (remainder < 0), 0, remainder)
         weight = (weight.to(tl.int32, bitcast=True) + remainder).to(tl.float32, bitcast=True)
     return weight
 
 
 @triton.jit
-def _store_weight(weights, remainders, offsets, mask, weight, SPLIT: tl.constexpr):
-    param = weight.to(weights.dtype.element_ty)
-    tl.store(weights + offsets, param, mask=mask)
+def _read_momentum(
+    filter, offsets, mask, DTYPE: tl.constexpr, REAL: tl.constexpr, VECTOR: tl.constexpr
+):
+    momenta = _pointer(filter.momentum, DTYPE, VECTOR)
+    return read(momenta, offsets, mask & (filter.momentum != 0), VECTOR).to(REAL)
+
+
+@triton.jit
+def _store_weight(
+    filter, offsets, mask, weight, DTYPE: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr
+):
+    param = weight.to(DTYPE)
+    tl.store(_pointer(filter.weight, DTYPE, VECTOR) + offsets, param, mask=mask)
     if SPLIT:
         rounded = param.to(tl.float32).to(tl.int32, bitcast=True)
         apart = weight.to(tl.int32, bitcast=True) - rounded
         remainder = tl.minimum(tl.maximum(apart, -(2**15)), 2**15 - 1).to(tl.int16)
+        remainders = _pointer(filter.remainder, tl.int16, VECTOR)
         tl.store(remainders + offsets, remainder, mask=mask)
 
 
@@ -135,31 +166,19 @@ def _tile(filter, first, TILE: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _load(
-    filter, offsets, mask, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
-    VECTOR: tl.constexpr,
-):  # fmt: skip
-    """W, dW and m."""
-    weights, remainders, grads, momenta = _pointers(filter, DTYPE, VECTOR)
-    grad = read(grads, offsets, mask, VECTOR).to(REAL)
-    weight = _read_weight(weights, remainders, offsets, mask, REAL, SPLIT, VECTOR)
-    momentum = read(momenta, offsets, mask & (filter.momentum != 0), VECTOR).to(REAL)
-    return weight, grad, momentum
-
-
-@triton.jit
 def _update(
-    filter, offsets, mask, weight, grad, momentum, removed_mean, rule, DTYPE: tl.constexpr,
-    SPLIT: tl.constexpr, VECTOR: tl.constexpr,
+    filter, offsets, mask, weight, grad, momentum, removed_mean, rule, writes,
+    DTYPE: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Store W and m; `grad` is dV before CZMG, the data gradient and the anchor's."""
-    weights, remainders, _, momenta = _pointers(filter, DTYPE, VECTOR)
+    mask = mask & writes
     grad = tl.fma(rule.decay, weight, grad - removed_mean)
     momentum = tl.fma(rule.one_minus_dampening, grad, rule.momentum * momentum)
     direction = tl.where(rule.nesterov, tl.fma(rule.momentum, momentum, grad), momentum)
     weight = tl.fma(rule.rate, direction, rule.keep * weight)
+    momenta = _pointer(filter.momentum, DTYPE, VECTOR)
     tl.store(momenta + offsets, momentum.to(DTYPE), mask=mask & (filter.momentum != 0))
-    _store_weight(weights, remainders, offsets, mask, weight, SPLIT)
+    _store_weight(filter, offsets, mask, weight, DTYPE, SPLIT, VECTOR)
 
 
 @triton.jit
@@ -189,19 +208,25 @@ def _sums_over_taps(values, channel, filter, REAL: tl.constexpr, TILE: tl.conste
 
 @triton.jit
 def _update_tile(
-    filter, offsets, mask, channel, weight, grad, momentum, rule, DTYPE: tl.constexpr,
+    filter, offsets, mask, channel, weight, grad, momentum, rule, writes, DTYPE: tl.constexpr,
     REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     grad = tl.fma(rule.grad, grad, rule.weight * weight)
     removed_mean = tl.zeros([TILE], REAL)
     if rule.mean != 0:
         removed_mean = rule.mean * _sums_over_taps(grad, channel, filter, REAL, TILE)
-    _update(filter, offsets, mask, weight, grad, momentum, removed_mean, rule, DTYPE, SPLIT, VECTOR)
+    _update(
+        filter, offsets, mask, weight, grad, momentum, removed_mean, rule, writes, DTYPE, SPLIT,
+        VECTOR,
+    )  # fmt: skip
 
 
 @triton.jit
-def _read_sources(filter, sources, grad_scale, REAL: tl.constexpr):
-    """The hyperparameters and the log-scale: asked for after the weights, and needed with them."""
+def _read_sources(filter, sources, grad_scale, found_inf, REAL: tl.constexpr):
+    """The hyperparameters, the log-scale, and whether anything is written.
+
+    They are asked for after the weights, and needed with them.
+    """
     hyper = hyperparameters(
         sources.hyper_addresses,
         sources.hyper_values,
@@ -217,11 +242,15 @@ def _read_sources(filter, sources, grad_scale, REAL: tl.constexpr):
         g=tl.load(log_scale.to(tl.pointer_type(REAL)), mask=log_scale != 0, other=0.0),
         g_momentum=tl.load(momentum.to(tl.pointer_type(REAL)), mask=momentum != 0, other=0.0),
     )
-    return hyper, scale
+    writes = tl.full([], 1, tl.int1)
+    if found_inf is not None:
+        # By way of an integer, since Triton's interpreter has no masks from float32.
+        writes = tl.where(tl.load(found_inf) == 0, 1, 0) != 0
+    return hyper, scale, writes
 
 
 @triton.jit
-def _new_rule(filter, scale, hyper, weight_weight, grad_weight, REAL: tl.constexpr):
+def _new_rule(filter, scale, hyper, writes, weight_weight, grad_weight, REAL: tl.constexpr):
     """The rule of the filter, from each thread's sums over weights; updates its log-scale."""
     # Zeros where the rule does not need them.
     total_weight_weight = tl.full([], 0.0, REAL)
@@ -234,50 +263,57 @@ def _new_rule(filter, scale, hyper, weight_weight, grad_weight, REAL: tl.constex
         scale.g_momentum, REAL,
     )  # fmt: skip
     # All threads have read g before the barrier of the reductions, and one writes it after that.
-    tl.store(scale.log_scale.to(tl.pointer_type(REAL)), new_g, mask=scale.log_scale != 0)
-    tl.store(scale.momentum.to(tl.pointer_type(REAL)), new_g_momentum, mask=scale.momentum != 0)
+    log_scales = scale.log_scale.to(tl.pointer_type(REAL))
+    momenta = scale.momentum.to(tl.pointer_type(REAL))
+    tl.store(log_scales, new_g, mask=writes & (scale.log_scale != 0))
+    tl.store(momenta, new_g_momentum, mask=writes & (scale.momentum != 0))
     return rule
 
 
 @triton.jit
 def _step_held(
-    filter, sources, grad_scale, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
-    TILE: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr,
+    filter, sources, grad_scale, found_inf, DTYPE: tl.constexpr, REAL: tl.constexpr,
+    SPLIT: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Step a filter of at most TILES tiles, which registers hold."""
     held = ()
+    for number in tl.static_range(TILES):
+        offsets, mask, _ = _tile(filter, number * filter.tile_channels, TILE, VECTOR)
+        weight = _read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR)
+        momentum = _read_momentum(filter, offsets, mask, DTYPE, REAL, VECTOR)
+        held = held + ((weight, momentum),)
+    grads = ()
+    pointer = _grad_pointer(sources, DTYPE, VECTOR)
+    for number in tl.static_range(TILES):
+        offsets, mask, _ = _tile(filter, number * filter.tile_channels, TILE, VECTOR)
+        grads = grads + (read(pointer, offsets, mask, VECTOR).to(REAL),)
+    hyper, scale, writes = _read_sources(filter, sources, grad_scale, found_inf, REAL)
     weight_weight = tl.zeros([TILE], REAL)
     grad_weight = tl.zeros([TILE], REAL)
     for number in tl.static_range(TILES):
-        offsets, mask, _ = _tile(filter, number * filter.tile_channels, TILE, VECTOR)
-        held = held + (_load(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR),)
-    hyper, scale = _read_sources(filter, sources, grad_scale, REAL)
-    for number in tl.static_range(TILES):
-        weight, grad, _ = held[number]
+        weight, _ = held[number]
         weight_weight = tl.fma(weight, weight, weight_weight)
-        grad_weight = tl.fma(grad, weight, grad_weight)
-    rule = _new_rule(filter, scale, hyper, weight_weight, grad_weight, REAL)
+        grad_weight = tl.fma(grads[number], weight, grad_weight)
+    rule = _new_rule(filter, scale, hyper, writes, weight_weight, grad_weight, REAL)
     # The compiler does not see that this is 0, so it computes addresses again, where it would keep
     # those of every tile in registers.
     zero = (rule.keep < 0).to(tl.int32)
     for number in tl.static_range(TILES):
-        weight, grad, momentum = held[number]
+        weight, momentum = held[number]
         first = number * filter.tile_channels + zero
         offsets, mask, channel = _tile(filter, first, TILE, VECTOR)
         _update_tile(
-            filter, offsets, mask, channel, weight, grad, momentum, rule, DTYPE, REAL, SPLIT,
-            TILE, VECTOR,
+            filter, offsets, mask, channel, weight, grads[number], momentum, rule, writes, DTYPE,
+            REAL, SPLIT, TILE, VECTOR,
         )  # fmt: skip
 
 
 @triton.jit
 def _step_streamed(
-    filter, sources, grad_scale, DTYPE: tl.constexpr, REAL: tl.constexpr,
+    filter, sources, grad_scale, found_inf, DTYPE: tl.constexpr, REAL: tl.constexpr,
     SPLIT: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Step a filter of any size, which is read twice."""
-    hyper, scale = _read_sources(filter, sources, grad_scale, REAL)
-    weights, remainders, grads, _ = _pointers(filter, DTYPE, VECTOR)
     weight_weight = tl.zeros([TILE], REAL)
     grad_weight = tl.zeros([TILE], REAL)
     end = multiple(tl.where(filter.needs_norms, filter.numel, 0), VECTOR)
@@ -285,32 +321,38 @@ def _step_streamed(
     while begin < end:
         offsets = begin + tl.arange(0, TILE)
         mask = offsets < end
-        weight = _read_weight(weights, remainders, offsets, mask, REAL, SPLIT, VECTOR)
+        weight = _read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR)
+        grads = _grad_pointer(sources, DTYPE, VECTOR)
         grad = read(grads, offsets, mask, VECTOR).to(REAL)
         weight_weight = tl.fma(weight, weight, weight_weight)
         grad_weight = tl.fma(grad, weight, grad_weight)
         begin += TILE
-    rule = _new_rule(filter, scale, hyper, weight_weight, grad_weight, REAL)
+    hyper, scale, writes = _read_sources(filter, sources, grad_scale, found_inf, REAL)
+    rule = _new_rule(filter, scale, hyper, writes, weight_weight, grad_weight, REAL)
 
+    grads = _grad_pointer(sources, DTYPE, VECTOR)
     first = filter.channels * 0
     if filter.tile_channels == 0:
         if VECTOR == 1:
-            _update_wide(filter, rule, DTYPE, REAL, SPLIT, TILE)
+            _update_wide(filter, grads, rule, writes, DTYPE, REAL, SPLIT, TILE)
         first = filter.channels
     while first < filter.channels:
         offsets, mask, channel = _tile(filter, first, TILE, VECTOR)
-        weight, grad, momentum = _load(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR)
+        weight = _read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR)
+        grad = read(grads, offsets, mask, VECTOR).to(REAL)
+        momentum = _read_momentum(filter, offsets, mask, DTYPE, REAL, VECTOR)
         _update_tile(
-            filter, offsets, mask, channel, weight, grad, momentum, rule, DTYPE, REAL, SPLIT,
-            TILE, VECTOR,
+            filter, offsets, mask, channel, weight, grad, momentum, rule, writes, DTYPE, REAL,
+            SPLIT, TILE, VECTOR,
         )  # fmt: skip
         first += filter.tile_channels
 
 
 @triton.jit
 def _update_wide(
-    filter, rule, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr
-):
+    filter, grads, rule, writes, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
     """Update a filter whose channels have more taps than a tile has room for."""
     stride = tl.where(filter.channels_last, filter.channels, 1)
     channel = filter.channels * 0
@@ -319,8 +361,10 @@ def _update_wide(
         tap = filter.taps * 0
         while tap < filter.taps:
             taps = tap + tl.arange(0, TILE)
+            mask = taps < filter.taps
             offsets = channel * filter.channel_stride + taps * stride
-            weight, grad, _ = _load(filter, offsets, taps < filter.taps, DTYPE, REAL, SPLIT, 1)
+            weight = _read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, 1)
+            grad = read(grads, offsets, mask, 1).to(REAL)
             sums += tl.fma(rule.grad, grad, rule.weight * weight)
             tap += TILE
         # All threads have read the channel before the barrier of the sum, and write it after that.
@@ -330,95 +374,68 @@ def _update_wide(
             taps = tap + tl.arange(0, TILE)
             mask = taps < filter.taps
             offsets = channel * filter.channel_stride + taps * stride
-            weight, grad, momentum = _load(filter, offsets, mask, DTYPE, REAL, SPLIT, 1)
+            weight = _read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, 1)
+            grad = read(grads, offsets, mask, 1).to(REAL)
+            momentum = _read_momentum(filter, offsets, mask, DTYPE, REAL, 1)
             grad = tl.fma(rule.grad, grad, rule.weight * weight)
             _update(
-                filter, offsets, mask, weight, grad, momentum, removed_mean, rule, DTYPE, SPLIT, 1
-            )
+                filter, offsets, mask, weight, grad, momentum, removed_mean, rule, writes, DTYPE,
+                SPLIT, 1,
+            )  # fmt: skip
             tap += TILE
         channel += 1
 
 
 @triton.jit
-def _step(
-    row, number, addresses, values, grad, grad_scale, found_inf, DTYPE: tl.constexpr,
-    REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr,
-    MANY: tl.constexpr,
-):  # fmt: skip
-    """Update filter `number` of the tensor that `row` describes."""
-    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    # A thread has TILE / threads = 4 weights of a tile, and loads at most 16 bytes at once.
-    VECTOR: tl.constexpr = 4 if BYTES <= 4 else 2
-    filter_numel = tl.load(row + _FILTER_NUMEL)
-    begin = number * filter_numel
-    numel = tl.minimum(tl.load(row + _NUMEL) - begin, filter_numel).to(tl.int32)
-    momentum = tl.load(row + _MOMENTUM_BUFFER)
-    remainder = tl.load(row + _PARAM_REMAINDER)
-    taps = tl.load(row + _TAPS).to(tl.int32)
-    channels_last = tl.load(row + _CHANNELS_LAST) != 0
+def _read_item(item, grads, addresses, values):
+    """The filter of a work item, where the rest is read from, and its path.
+
+    Nothing here waits for more than the item.
+    """
+    fields = (item + _WIDE_FIELDS).to(tl.pointer_type(tl.int32), bitcast=True)
+    taps = tl.load(fields + _TAPS)
+    channels_last = tl.load(fields + _CHANNELS_LAST) != 0
     filter = _Filter(
-        weight=tl.load(row + _PARAM) + begin * BYTES,
-        grad=grad + begin * BYTES,
-        momentum=tl.where(momentum != 0, momentum + begin * BYTES, 0),
-        remainder=tl.where(remainder != 0, remainder + begin * 2, 0),
-        numel=numel,
+        weight=tl.load(item + _PARAM),
+        momentum=tl.load(item + _MOMENTUM_BUFFER),
+        remainder=tl.load(item + _PARAM_REMAINDER),
+        numel=tl.load(fields + _NUMEL),
         taps=taps,
-        # The last block of a plain tensor is shorter than the others.
-        channels=tl.minimum(tl.load(row + _CHANNELS).to(tl.int32), numel),
+        channels=tl.load(fields + _CHANNELS),
         channels_last=channels_last,
         channel_stride=tl.where(channels_last, 1, taps),
-        tile_channels=tl.load(row + _TILE_CHANNELS).to(tl.int32),
-        reciprocal=tl.load(row + _RECIPROCAL).to(tl.int32),
-        needs_norms=tl.load(row + _NEEDS_NORMS) != 0,
+        tile_channels=tl.load(fields + _TILE_CHANNELS),
+        reciprocal=tl.load(fields + _RECIPROCAL),
+        needs_norms=tl.load(fields + _NEEDS_NORMS) != 0,
     )
-    log_scale = tl.load(row + _LOG_SCALE)
-    log_scale_momentum = tl.load(row + _LOG_SCALE_MOMENTUM_BUFFER)
-    scale_begin = number * (REAL.primitive_bitwidth // 8)
+    group = tl.load(fields + _GROUP) * _GROUP_COLUMNS
     sources = _Sources(
-        hyper_addresses=addresses,
-        hyper_values=values,
-        step=tl.load(row + _STEP),
-        log_scale=tl.where(log_scale != 0, log_scale + scale_begin, 0),
-        log_scale_momentum=tl.where(log_scale_momentum != 0, log_scale_momentum + scale_begin, 0),
+        grad=tl.load(grads + tl.load(fields + _TENSOR)),
+        first=tl.load(item + _FIRST),
+        hyper_addresses=addresses + group,
+        hyper_values=values + group,
+        step=tl.load(item + _STEP),
+        log_scale=tl.load(item + _LOG_SCALE),
+        log_scale_momentum=tl.load(item + _LOG_SCALE_MOMENTUM_BUFFER),
     )
-
-    tiles = tl.load(row + _TILES)
-    aligned = (filter.weight | filter.grad | filter.momentum | filter.remainder) % (
-        VECTOR * BYTES
-    ) == 0
-    row_numel = tl.where(channels_last, filter.channels, numel)
-    aligned = aligned & (row_numel % VECTOR == 0) & (filter.tile_channels > 0)
-    # Everything above has been asked for before the first of it is needed.
-    is_stepped = grad != 0
-    if found_inf is not None:
-        is_stepped = is_stepped & (tl.load(found_inf) == 0)
-    if is_stepped:
-        if not aligned:
-            _step_streamed(filter, sources, grad_scale, DTYPE, REAL, SPLIT, TILE, 1)
-        elif tiles <= FEW:
-            _step_held(filter, sources, grad_scale, DTYPE, REAL, SPLIT, TILE, FEW, VECTOR)
-        elif tiles <= MANY:
-            _step_held(filter, sources, grad_scale, DTYPE, REAL, SPLIT, TILE, MANY, VECTOR)
-        else:
-            _step_streamed(filter, sources, grad_scale, DTYPE, REAL, SPLIT, TILE, VECTOR)
+    return filter, sources, tl.load(fields + _PATH)
 
 
 @triton.jit(
-    do_not_specialize=["row_count", "group_count", "first_program"],
-    do_not_specialize_on_alignment=["rows", "arguments", "grad_scale", "found_inf"],
+    do_not_specialize=["tensor_count", "group_count", "first_program"],
+    do_not_specialize_on_alignment=["items", "arguments", "grad_scale", "found_inf"],
 )  # fmt: skip
 def step_kernel(
-    rows, arguments, row_count, group_count, first_program, grad_scale, found_inf,
+    items, arguments, tensor_count, group_count, first_program, grad_scale, found_inf,
     DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
     FEW: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """Update the filter, or the block of a plain tensor, that this program owns.
 
     Args:
-        rows: the descriptors and `TILE_FIELDS` of all tensors, int64, (row_count, columns); then
-            the row of each program.
-        arguments: int64: the address of each row's gradient; for each group's hyperparameters the
-            address of a float32 that stands for it, or 0; their values as float64; as float32.
+        items: the work item of each program, int64: `WIDE_FIELDS`, then `FIELDS` as int32.
+        arguments: int64: the address of each tensor's gradient; for each group's hyperparameters
+            the address of a float32 that stands for it, or 0; their values as float64; as float32.
         first_program: the number of this launch's first program.
         grad_scale: what gradients are divided by, float32, or None.
         found_inf: nothing is updated where it is not 0, float32, or None.
@@ -428,19 +445,27 @@ def step_kernel(
         TILE: the weights of a tile, four for each thread.
         FEW, MANY: the tiles of the filters that registers hold.
     """
-    program = first_program + tl.program_id(0)
-    row_number = tl.load(rows + row_count * _ROW_COLUMNS + program)
-    row = rows + row_number * _ROW_COLUMNS
-    grad = tl.load(arguments + row_number)
-    number = program - tl.load(row + _FIRST_FILTER)
-    group = tl.load(row + _GROUP) * _GROUP_COLUMNS
-    addresses = arguments + row_count
+    # A thread has TILE / threads = 4 weights of a tile, and loads at most 16 bytes at once.
+    VECTOR: tl.constexpr = 4 if DTYPE.primitive_bitwidth <= 32 else 2
+    addresses = arguments + tensor_count
     values = addresses + group_count * _GROUP_COLUMNS
     if REAL == tl.float32:
         # Not every device has float64, so a float32 kernel has no instruction of it.
         values += group_count * _GROUP_COLUMNS
-    values = values.to(tl.pointer_type(REAL), bitcast=True) + group
-    _step(
-        row, number, addresses + group, values, grad, grad_scale, found_inf, DTYPE, REAL, SPLIT,
-        TILE, FEW, MANY,
-    )  # fmt: skip
+    values = values.to(tl.pointer_type(REAL), bitcast=True)
+    item = items + (first_program + tl.program_id(0)).to(tl.int64) * _ITEM_WORDS
+    filter, sources, path = _read_item(item, arguments, addresses, values)
+    # Without a gradient the item has no addresses.
+    if filter.weight != 0:
+        if path == _STREAMED:
+            _step_streamed(filter, sources, grad_scale, found_inf, DTYPE, REAL, SPLIT, TILE, 1)
+        elif path == _HELD_FEW:
+            _step_held(
+                filter, sources, grad_scale, found_inf, DTYPE, REAL, SPLIT, TILE, FEW, VECTOR
+            )
+        elif path == _HELD_MANY:
+            _step_held(
+                filter, sources, grad_scale, found_inf, DTYPE, REAL, SPLIT, TILE, MANY, VECTOR
+            )
+        else:
+            _step_streamed(filter, sources, grad_scale, found_inf, DTYPE, REAL, SPLIT, TILE, VECTOR)
