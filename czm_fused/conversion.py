@@ -40,6 +40,7 @@ from czm_fused.init import (
     find_stems,
     named_convolutions,
 )
+from czm_fused.nn import CZMConv2d
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -393,7 +394,7 @@ def _computes_batch_norm(norm: _BatchNorm) -> bool:
 def _computes_convolution(convolution: Convolution) -> bool:
     torchs = next(each for each in CONVOLUTIONS if isinstance(convolution, each))
     return (
-        type(convolution).forward is torchs.forward
+        type(convolution).forward in (torchs.forward, CZMConv2d.forward)
         and type(convolution)._conv_forward is torchs._conv_forward
         and not {"forward", "_conv_forward"} & vars(convolution).keys()
         and {"weight", "bias"} <= convolution._parameters.keys()
