@@ -145,7 +145,7 @@ class _Means:
             flat = torch.cat([*means.values()])
             torch.distributed.all_reduce(flat)
             flat /= torch.distributed.get_world_size()
-            parts = flat.split([len(mean) for mean in means.values()])
+            parts = flat.split_with_sizes([len(mean) for mean in means.values()])
             means = dict(zip(means, parts, strict=True))
         return means
 
