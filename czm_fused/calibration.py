@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +111,7 @@ def calibrate_(
     branch: float = BRANCH,
     center: bool = True,
     weigh_taps: bool = False,
+    only: Collection[str] | None = None,
     seed: int = 0,
 ) -> CalibrationReport:
     """Give the output of every convolution of `model` the same spread and the mean 0, in place.
@@ -147,6 +148,8 @@ def calibrate_(
             one tap that meets it: the others would only add to the norm that its direction learns
             against. Depthwise filters, which did not gain, are left. `convert` and `czm_init_` do
             this to filters that keep their means. Twice on one model weighs twice. Default False.
+        only: the dotted names of the convolutions that are set; the others stay as they are. None,
+            the default: all.
         seed: of the noise. Default 0.
 
     Returns:
@@ -167,6 +170,8 @@ def calibrate_(
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be a positive number, but was {value}")
     convolutions = named_convolutions(model)
+    if only is not None:
+        convolutions = {name: each for name, each in convolutions.items() if name in only}
     if not convolutions:
         raise ValueError("model must have a convolution, but had none; there is nothing to scale")
     notes: list[str] = []

@@ -36,8 +36,8 @@ from czm_fused.init import (
     GAIN,
     Convolution,
     check_gain,
-    czm_init_,
     find_stems,
+    init_convolutions_,
     named_convolutions,
 )
 from czm_fused.nn import CZMConv2d
@@ -140,16 +140,14 @@ def convert(
 
     A BatchNorm (torch's, SyncBatchNorm, timm's with its activation) goes if its input is computed
     by convolutions, with anything in between: a concatenation, a sum, an activation, pooling. It is
-    replaced by `nn.Identity`, or by its activation; those convolutions gain a bias; and all
-    convolutions of the model, transposed ones excepted, are initialised as by `czm_init_`, with
-    filters of any mean whose taps count by how often they meet the input instead of the padding,
-    and scaled by `czm_fused.calibration.calibrate_` so that the output of each starts with the same
-    spread. `nn.ReLU6` becomes `czm_fused.nn.ReLU6`, which keeps less for
-    backward. Everything else stays: a warning names every normalisation that does, and
-    `plan_conversion` lists the reasons. The stem is marked, so that `czm_param_groups(model)` finds
-    it. Make optimizers and averaged copies of the model afterwards, as parameters are added and
-    removed. While the model is trained, `czm_fused.center_` takes away what BatchNorm took from the
-    means.
+    replaced by `nn.Identity`, or by its activation; those convolutions gain a bias, are initialised
+    as by `czm_init_`, with filters of any mean, and scaled by `czm_fused.calibration.calibrate_` so
+    that the output of each starts with the same spread. `nn.ReLU6` becomes `czm_fused.nn.ReLU6`,
+    which keeps less for backward. Everything else stays: a warning names every normalisation that
+    does, and `plan_conversion` lists the reasons. The stem is marked, so that
+    `czm_param_groups(model)` finds it. Make optimizers and averaged copies of the model afterwards,
+    as parameters are added and removed. While the model is trained, `czm_fused.center_` takes away
+    what BatchNorm took from the means.
 
     With `from_pretrained`, the model keeps what it has learnt: the running statistics are folded
     into the weight and bias of the convolution before,
@@ -174,7 +172,7 @@ def convert(
         from_pretrained: True folds BatchNorm, False starts anew. By default False; but a model
             with running statistics that are not their initial values, as after training, is then
             refused, as it would lose its weights.
-        gain: the norm of every filter that is initialised, in place of the measured scales; the
+        gain: the norm of every filter of every convolution, in place of the measured scales; the
             paper's is 0.8.
         zero_mean: whether spatial slices start with mean 0, as in the paper. By default True with
             `gain` and False without. The stem and depthwise filters keep their means.
@@ -211,15 +209,13 @@ def convert(
     with undone_on_error(model, convolutions.values()):
         _carry_out(model, plan, noise)
         if convolutions and not plan.from_pretrained:
-            czm_init_(
-                model,
-                gain=GAIN if gain is None else gain,
-                zero_mean=zero_mean,
-                generator=generator,
-            )
             if gain is None:
-                report = calibrate_(model, example_input, weigh_taps=not zero_mean)
-                _logger.info("%s", report)
+                convolutions = _followed(plan, convolutions)
+            stems = [convolutions[name] for name in plan.stem if name in convolutions]
+            init_convolutions_(convolutions, stems, gain or GAIN, zero_mean, generator)
+            if gain is None:
+                options: dict[str, Any] = {"weigh_taps": not zero_mean, "only": convolutions}
+                _logger.info("%s", calibrate_(model, example_input, **options))
     _logger.info("%s", plan)
     _warn_of_plan(plan)
     return model
@@ -465,6 +461,14 @@ def _summary(changes: Sequence[Change]) -> str:
     if not counts:
         return "no normalisation was found"
     return "normalisations: " + ", ".join(f"{n} {action}" for action, n in counts.items())
+
+
+def _followed(plan: ConversionPlan, convolutions: dict[str, Convolution]) -> dict[str, Convolution]:
+    """Return the convolutions that a removed BatchNorm followed, or all if none did."""
+    # The others, as in squeeze-and-excitation, start well without one; with the spread that suits
+    # the rest, they would drive the sigmoid behind them to its ends.
+    fed = {name for each in plan.changes if each.action != LEFT for name in each.convolutions}
+    return {name: each for name, each in convolutions.items() if name in fed} or convolutions
 
 
 def _carry_out(model: nn.Module, plan: ConversionPlan, noise: float) -> None:

@@ -138,30 +138,52 @@ def czm_init_(
         zero_mean = example_input is None
     convolutions = named_convolutions(module)
     stems = find_stems(convolutions, stem)
-    _check_settable(convolutions)
     with undone_on_error(module, convolutions.values()):
-        for name, convolution in convolutions.items():
-            keeps_mean = not zero_mean or convolution in stems or is_depthwise(convolution)
-            options: dict[str, Any] = {
-                "gain": gain,
-                "zero_mean": not keeps_mean,
-                "generator": generator,
-            }
-            if parametrize.is_parametrized(convolution, "weight"):
-                weight = torch.empty_like(convolution.weight, requires_grad=False)
-                _assign(name, convolution, "weight", czm_weight_(weight, **options))
-            else:
-                czm_weight_(convolution.weight, **options)
-            if parametrize.is_parametrized(convolution, "bias"):
-                bias: Any = convolution.bias
-                _assign(name, convolution, "bias", torch.zeros_like(bias))
-            elif convolution.bias is not None:
-                nn.init.zeros_(convolution.bias)
+        init_convolutions_(convolutions, stems, gain, zero_mean, generator)
         if example_input is not None:
             from czm_fused.calibration import calibrate_
 
             calibrate_(module, example_input, weigh_taps=not zero_mean)
     return module
+
+
+def init_convolutions_(
+    convolutions: Mapping[str, Convolution],
+    stems: Iterable[nn.Module],
+    gain: float,
+    zero_mean: bool,
+    generator: torch.Generator | None,
+) -> None:
+    """Initialise convolutions in place as `czm_init_` does.
+
+    Args:
+        convolutions: by their dotted names.
+        stems: those of them that keep their means, as depthwise ones do.
+        gain: the norm of every filter.
+        zero_mean: whether the spatial slices of the others lose their means.
+        generator: the source of the weights.
+
+    Raises:
+        ValueError: a weight cannot be set.
+    """
+    _check_settable(convolutions)
+    for name, convolution in convolutions.items():
+        keeps_mean = not zero_mean or convolution in stems or is_depthwise(convolution)
+        options: dict[str, Any] = {
+            "gain": gain,
+            "zero_mean": not keeps_mean,
+            "generator": generator,
+        }
+        if parametrize.is_parametrized(convolution, "weight"):
+            weight = torch.empty_like(convolution.weight, requires_grad=False)
+            _assign(name, convolution, "weight", czm_weight_(weight, **options))
+        else:
+            czm_weight_(convolution.weight, **options)
+        if parametrize.is_parametrized(convolution, "bias"):
+            bias: Any = convolution.bias
+            _assign(name, convolution, "bias", torch.zeros_like(bias))
+        elif convolution.bias is not None:
+            nn.init.zeros_(convolution.bias)
 
 
 def _check_settable(convolutions: Mapping[str, Convolution]) -> None:

@@ -474,3 +474,29 @@ def test_model_without_normalisation():
     model = nn.Sequential(conv(3), nn.ReLU())
     plan = converted(model)
     assert plan.changes == () and "no normalisation was found" in str(plan)
+
+
+class Gated(nn.Module):
+    """A convolution with BatchNorm and squeeze-and-excitation, as in RegNetY."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.squeeze, self.excite = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu()
+        return x * self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
+def test_convolutions_without_batch_norm_keep_their_start():
+    torch.manual_seed(0)
+    images = torch.randn(16, 3, 8, 8)
+    for gain in (None, 0.8):
+        model = Gated()
+        before = copy.deepcopy(model.state_dict())
+        convert(model, example_input=images, gain=gain)
+        after = model.state_dict()
+        same = [name for name in after if name in before and torch.equal(before[name], after[name])]
+        own = ["squeeze.weight", "squeeze.bias", "excite.weight", "excite.bias"]
+        assert same == (own if gain is None else [])
