@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from czm_fused._internal.sharding import local
 from czm_fused.init import named_convolutions
-from czm_fused.ops.step.spec import compute_dtype
+from czm_fused.ops.step.reference import filter_norms
 
 NORM = 0.1
 """The norm that the gradient of every filter's direction gets."""
+
 
 @torch.no_grad()
 def normalize_gradients_(model: nn.Module, *, norm: float = NORM) -> None:
@@ -54,10 +55,6 @@ def normalize_gradients_(model: nn.Module, *, norm: float = NORM) -> None:
 
 
 def _normalize(weight: Tensor, grad: Tensor, norm: float) -> None:
-    dims = tuple(range(1, weight.dim()))
-    dtype = compute_dtype(weight.dtype)
-    norms = [
-        torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype) for x in (weight, grad)
-    ]
-    product = norms[0] * norms[1]
-    grad.mul_(torch.where(product > 0, norm / product, 0))
+    product = filter_norms(weight) * filter_norms(grad)
+    factor = torch.where(product > 0, norm / product, 0)
+    grad.mul_(factor.view(-1, *[1] * (grad.dim() - 1)))
