@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from czm_fused._internal.replacement import computes_convolution
 from czm_fused._internal.sharding import is_dtensor
 from czm_fused.example import hooked, preserved, run_checked
 from czm_fused.init import CONVOLUTIONS, check_module, named_convolutions
-from czm_fused.nn import CZMConv1d, CZMConv2d, CZMConv3d, mean_response
+from czm_fused.nn import CZM_CONVOLUTIONS, mean_response
 from czm_fused.ops.step.spec import compute_dtype
 
-CENTERED = dict(zip(CONVOLUTIONS, (CZMConv1d, CZMConv2d, CZMConv3d), strict=True))
+CENTERED = dict(zip(CONVOLUTIONS, CZM_CONVOLUTIONS, strict=True))
 """torch's convolutions, and those that can read their input relative to its mean."""
 
 
@@ -109,10 +110,7 @@ def uncenter_(model: nn.Module) -> None:
         model: the network.
     """
     for convolution in named_convolutions(model).values():
-        if (
-            isinstance(convolution, (CZMConv1d, CZMConv2d, CZMConv3d))
-            and convolution.input_mean is not None
-        ):
+        if isinstance(convolution, CZM_CONVOLUTIONS) and convolution.input_mean is not None:
             _add_to_bias(convolution, -convolution.input_mean)
             convolution.input_mean = None
 
@@ -151,12 +149,10 @@ class _Means:
 
 
 def _can_be_centered(convolution: Any) -> bool:
-    parameters = convolution._parameters
     return (
-        (type(convolution) in CONVOLUTIONS or isinstance(convolution, tuple(CENTERED.values())))
-        and not {"forward", "_conv_forward"} & vars(convolution).keys()
-        and parameters.get("weight") is not None
-        and parameters.get("bias") is not None
+        (type(convolution) in CONVOLUTIONS or isinstance(convolution, CZM_CONVOLUTIONS))
+        and computes_convolution(convolution)
+        and convolution.bias is not None
     )
 
 
@@ -167,11 +163,9 @@ def _set_mean(convolution: Any, mean: Tensor) -> None:
         convolution.stem = getattr(convolution, "stem", False)
         convolution.register_buffer("input_mean", None)
     if convolution.input_mean is None:
-        _add_to_bias(convolution, mean)
-        convolution.input_mean = mean
-    else:
-        _add_to_bias(convolution, mean - convolution.input_mean)
-        convolution.input_mean.copy_(mean)
+        convolution.input_mean = torch.zeros_like(mean)
+    _add_to_bias(convolution, mean - convolution.input_mean)
+    convolution.input_mean.copy_(mean)
 
 
 @torch.no_grad()

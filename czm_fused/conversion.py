@@ -20,6 +20,7 @@ from czm_fused._internal.convertible import check_convertible, check_untrained
 from czm_fused._internal.dataflow import DataFlow, Value, follow
 from czm_fused._internal.replacement import (
     add_bias,
+    computes_convolution,
     fold,
     has_hooks,
     replace_modules,
@@ -32,7 +33,6 @@ from czm_fused.calibration import calibrate_
 from czm_fused.example import zeros_for
 from czm_fused.groups import ParamGroups, check_initialised, decide_stems
 from czm_fused.init import (
-    CONVOLUTIONS,
     GAIN,
     Convolution,
     check_gain,
@@ -40,7 +40,6 @@ from czm_fused.init import (
     init_convolutions_,
     named_convolutions,
 )
-from czm_fused.nn import CZMConv2d
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -214,8 +213,10 @@ def convert(
             stems = [convolutions[name] for name in plan.stem if name in convolutions]
             init_convolutions_(convolutions, stems, gain or GAIN, zero_mean, generator)
             if gain is None:
-                options: dict[str, Any] = {"weigh_taps": not zero_mean, "only": convolutions}
-                _logger.info("%s", calibrate_(model, example_input, **options))
+                report = calibrate_(
+                    model, example_input, weigh_taps=not zero_mean, only=convolutions
+                )
+                _logger.info("%s", report)
     _logger.info("%s", plan)
     _warn_of_plan(plan)
     return model
@@ -373,7 +374,7 @@ class _Planner:
             parameters = {id(each) for each in convolution.parameters(recurse=False)}
             if producer in self.flow.tied or parameters & self.shared:
                 return f"the parameters of {producer!r} are shared"
-            if not _computes_convolution(convolution):
+            if not computes_convolution(convolution):
                 return f"{producer!r} does not convolve with its parameters as they are"
         return ""
 
@@ -385,16 +386,6 @@ def _computes_batch_norm(norm: _BatchNorm) -> bool:
         return True
     forward = kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
     return forward and "forward" not in vars(norm) and not any(norm.children())
-
-
-def _computes_convolution(convolution: Convolution) -> bool:
-    torchs = next(each for each in CONVOLUTIONS if isinstance(convolution, each))
-    return (
-        type(convolution).forward in (torchs.forward, CZMConv2d.forward)
-        and type(convolution)._conv_forward is torchs._conv_forward
-        and not {"forward", "_conv_forward"} & vars(convolution).keys()
-        and {"weight", "bias"} <= convolution._parameters.keys()
-    )
 
 
 def _is_other_normalisation(module: nn.Module) -> bool:

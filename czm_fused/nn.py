@@ -155,6 +155,10 @@ class CZMConv3d(_CZMConv, nn.Conv3d):
     __doc__ = _DOCSTRING.format(name="Conv3d")
 
 
+CZM_CONVOLUTIONS = (CZMConv1d, CZMConv2d, CZMConv3d)
+"""This package's for `czm_fused.init.CONVOLUTIONS`, in that order."""
+
+
 class ExpScale(nn.Module):
     """Materialise W[f] = exp(g[f]) * V[f] (paper section 3.1) in one fused operation."""
 

@@ -161,10 +161,16 @@ class OwnForward(nn.Conv2d):
         return 2 * super().forward(x)
 
 
+class OwnCZMForward(CZMConv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias)
+
+
 def test_what_cannot_be_centered_is_left():
     left = [
         nn.Conv2d(3, 3, 1, bias=False),
         OwnForward(3, 3, 1),
+        OwnCZMForward(3, 3, 1),
         exp_scale(nn.Conv2d(3, 3, 1)),
         nn.ConvTranspose2d(3, 3, 1),
     ]
@@ -176,7 +182,7 @@ def test_what_cannot_be_centered_is_left():
     assert center_(model, x) == 1
     assert [type(each) for each in left] == kinds
     assert (model(x) - before).abs().max() <= bound(before)
-    assert parametrize.is_parametrized(left[2])
+    assert parametrize.is_parametrized(left[3])
 
 
 def test_a_convolution_that_runs_twice_gets_the_mean_of_both():

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from czm_fused.nn import ChannelAffine, ChannelNoise, Copy, ReLU6
+from czm_fused.init import CONVOLUTIONS, Convolution
+from czm_fused.nn import ChannelAffine, ChannelNoise, Copy, CZMConv2d, ReLU6
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -34,6 +35,17 @@ def has_hooks(module: nn.Module) -> bool:
         or module._forward_hooks
         or module._backward_pre_hooks
         or module._backward_hooks
+    )
+
+
+def computes_convolution(convolution: Convolution) -> bool:
+    """Return True if its class computes what torch's or this package's does, of its parameters."""
+    torchs = next(each for each in CONVOLUTIONS if isinstance(convolution, each))
+    return (
+        type(convolution).forward in (torchs.forward, CZMConv2d.forward)
+        and type(convolution)._conv_forward is torchs._conv_forward
+        and not {"forward", "_conv_forward"} & vars(convolution).keys()
+        and {"weight", "bias"} <= convolution._parameters.keys()
     )
 
 
