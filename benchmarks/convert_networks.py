@@ -28,8 +28,9 @@ import torch
 from conversion.networks import NETWORKS
 from conversion.training import DEPTHWISE, Settings, train
 
-RATES = {"bn": (0.03, 0.1, 0.3), "czm": (0.03, 0.1, 0.2), "czm with norm": (0.01, 0.02, 0.05)}
-"""The rates that are tried: filters with gradients of the same norm turn by the rate alone."""
+RATES = {"bn": (0.03, 0.1, 0.3), "czm": (0.03, 0.1, 0.2)}
+RATES_WITH_NORM = (0.01, 0.02, 0.05)
+"""Where all filters have gradients of the same norm, which turn them by the rate alone."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "six_layers": {"zmg": 0.7},
@@ -116,7 +117,7 @@ def run(
     """Return the test rows of a method on a network, one a seed, at its best rate."""
     if method == "czm":
         common = {"center_every": 20, "zmg": 0.85, **SETTINGS.get(network, {}), **common}
-    rates = RATES["czm with norm" if common.get("norm") else method]
+    rates = RATES_WITH_NORM if common.get("norm") else RATES[method]
     tried = [rows.get(Settings(network, method, lr=lr, seed=seeds[0], **common)) for lr in rates]
     finished = [row for row in tried if row is not None]
     if len(finished) < len(tried):
@@ -168,7 +169,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="CIFAR-10: {train,test}/<class>/*.png, or a .pt")
     parser.add_argument("--out", type=Path, required=True, help="folder of rows.jsonl")
     parser.add_argument("--only", nargs="+", choices=[*NETWORKS], default=[*CHEAPEST_FIRST])
-    parser.add_argument("--methods", nargs="+", choices=["bn", "czm"], default=["bn", "czm"])
+    parser.add_argument("--methods", nargs="+", choices=[*RATES], default=[*RATES])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--set", type=_setting, nargs="+", default=[], metavar="NAME=VALUE")
