@@ -35,7 +35,14 @@ RATES_WITH_NORM = (0.01, 0.02, 0.05)
 SETTINGS: dict[str, dict[str, Any]] = {
     "six_layers": {"zmg": 0.7},
     "vgg16_half": {"zmg": 0.98},
-    **dict.fromkeys(DEPTHWISE, {"norm": 0.1, "bias_rate": 0.1}),
+    "regnety_002": {
+        "target": 0.3,
+        "bias_rate": 0.1,
+        "weight_decay": 5e-4,
+        "luma": 0.0,
+        "clip": 4.0,
+    },
+    **dict.fromkeys(DEPTHWISE, {"norm": 0.1, "bias_rate": 0.1, "weight_decay": 5e-3, "luma": 0.0}),
 }
 """What differs from one converted network to the next, found on the held-out images."""
 
@@ -75,8 +82,10 @@ class Rows:
     def get(self, settings: Settings) -> dict[str, Any] | None:
         """Return the row of `settings`, after running it if it is not there yet."""
         key = {**_as_dict(settings), "tag": self.tag}
+        # A setting that is newer than a row had its default there.
+        defaults = _as_dict(Settings(settings.network))
         for row in self.read():
-            if all(row.get(name) == value for name, value in key.items()):
+            if all({**defaults, **row}[name] == value for name, value in key.items()):
                 return row
         if self.data is None:
             return None

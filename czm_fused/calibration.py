@@ -166,9 +166,8 @@ def calibrate_(
         UserWarning: a convolution never ran, or its output is constant or not finite (it is left as
             it was), or the output of the model is dead or explodes; with the names and the remedy.
     """
-    for name, value in (("target", target), ("branch", branch)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive number, but was {value}")
+    check_target(target)
+    check_target(branch, name="branch")
     convolutions = named_convolutions(model)
     if only is not None:
         convolutions = {name: each for name, each in convolutions.items() if name in only}
@@ -209,6 +208,12 @@ def calibrate_(
     for complaint in complaints:
         warnings.warn(complaint, stacklevel=2)
     return CalibrationReport(layers, output_before, output_after, (*notes, *complaints))
+
+
+def check_target(target: float, *, name: str = "target") -> None:
+    """Raise a `ValueError` unless `target`, the argument `name`, is a positive number."""
+    if not 0 < target < math.inf:
+        raise ValueError(f"{name} must be a positive number, but was {target}")
 
 
 class _Calibration:

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from czm_fused._internal.convertible import check_convertible, check_untrained
 from czm_fused._internal.dataflow import DataFlow, Value, follow
+from czm_fused._internal.holders import holders
 from czm_fused._internal.replacement import (
     add_bias,
     computes_convolution,
@@ -29,9 +30,9 @@ from czm_fused._internal.replacement import (
 )
 from czm_fused._internal.text import Tabular, article, shorten
 from czm_fused._internal.undo import undone_on_error
-from czm_fused.calibration import calibrate_
+from czm_fused.calibration import TARGET, calibrate_, check_target
 from czm_fused.example import zeros_for
-from czm_fused.groups import ParamGroups, check_initialised, decide_stems
+from czm_fused.groups import check_initialised, decide_stems
 from czm_fused.init import (
     GAIN,
     Convolution,
@@ -132,6 +133,7 @@ def convert(
     from_pretrained: bool | None = None,
     gain: float | None = None,
     zero_mean: bool | None = None,
+    target: float | None = None,
     noise: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> _Module:
@@ -175,6 +177,9 @@ def convert(
             paper's is 0.8.
         zero_mean: whether spatial slices start with mean 0, as in the paper. By default True with
             `gain` and False without. The stem and depthwise filters keep their means.
+        target: the measured scales give the output of every convolution this spread, as in
+            `calibrate_`; by default 1. Networks with squeeze-and-excitation want 0.3, which keeps
+            their gates where they are nearly linear. Not with `gain`.
         noise: half the width a of the noise U(1 - a, 1 + a) that multiplies each channel of each
             sample where a BatchNorm was replaced, in training only (`czm_fused.nn.ChannelNoise`);
             in [0, 1), 0 (none) by default.
@@ -182,8 +187,9 @@ def convert(
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
-        ValueError: as in `plan_conversion`, `czm_init_` and `calibrate_`; `gain` or `zero_mean` is
-            given with `from_pretrained`; or `noise` is outside [0, 1). The model is as it was.
+        ValueError: as in `plan_conversion`, `czm_init_` and `calibrate_`; `gain`, `zero_mean` or
+            `target` is given with `from_pretrained`, or `gain` with `target`; or `noise` is outside
+            [0, 1). The model is as it was.
 
     Warns:
         UserWarning: a normalisation stays, the forward pass fails in training mode, an optimizer
@@ -191,12 +197,18 @@ def convert(
     """
     if gain is not None:
         check_gain(gain)
+    if target is not None:
+        check_target(target)
+        if gain is not None:
+            raise ValueError(
+                f"target must be None with gain, which measures no scales, but was {target}"
+            )
     if not 0.0 <= noise < 1.0:
         raise ValueError(f"noise must be in [0, 1), but was {noise}")
     plan = plan_conversion(
         model, example_input=example_input, stem=stem, from_pretrained=from_pretrained
     )
-    for name, value in (("gain", gain), ("zero_mean", zero_mean)):
+    for name, value in (("gain", gain), ("zero_mean", zero_mean), ("target", target)):
         if plan.from_pretrained and value is not None:
             raise ValueError(
                 f"{name} must be None with from_pretrained, which keeps weights, but was {value}"
@@ -214,7 +226,11 @@ def convert(
             init_convolutions_(convolutions, stems, gain or GAIN, zero_mean, generator)
             if gain is None:
                 report = calibrate_(
-                    model, example_input, weigh_taps=not zero_mean, only=convolutions
+                    model,
+                    example_input,
+                    target=TARGET if target is None else target,
+                    weigh_taps=not zero_mean,
+                    only=convolutions,
                 )
                 _logger.info("%s", report)
     _logger.info("%s", plan)
@@ -416,35 +432,17 @@ def _warn_of_optimizers(model: nn.Module, plan: ConversionPlan) -> None:
     if not plan.biases and not affine:
         return
     parameters = {id(parameter) for parameter in model.parameters()}
-    if not _holders(parameters):
+    if not holders(parameters):
         return
     # Garbage in reference cycles holds parameters, too.
     gc.collect()
-    names = _holders(parameters)
+    names = holders(parameters)
     if names:
         warnings.warn(
             f"{shorten(names)} made before convert will not train the parameters that it adds; "
             "make it from the converted model",
             stacklevel=3,
         )
-
-
-def _holders(parameters: set[int]) -> list[str]:
-    """Return the class names of the objects alive that hold any of `parameters` for training."""
-    names = []
-    for each in gc.get_objects():
-        # isinstance would ask proxies for their class, which can import what they stand for.
-        if issubclass(type(each), torch.optim.Optimizer):
-            groups = getattr(each, "param_groups", [])
-        elif issubclass(type(each), ParamGroups):
-            groups = each
-        elif issubclass(type(each), nn.parallel.DistributedDataParallel):
-            groups = [{"params": list(each.parameters())}]
-        else:
-            continue
-        if any(id(parameter) in parameters for group in groups for parameter in group["params"]):
-            names.append(type(each).__name__)
-    return names
 
 
 def _summary(changes: Sequence[Change]) -> str:

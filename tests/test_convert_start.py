@@ -51,6 +51,16 @@ def test_generator_and_gain_reach_the_initialisation():
     torch.testing.assert_close(initialised(1).flatten(1).norm(dim=1), torch.full((4,), 0.5))
 
 
+@pytest.mark.parametrize("target", [None, 0.3])
+def test_target_is_the_spread_of_outputs(target):
+    model = nn.Sequential(conv(3), nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.BatchNorm2d(4))
+    images = torch.rand(16, 3, 8, 8)
+    convert(model, example_input=images, target=target)
+    spread = model(images).var(dim=(0, 2, 3), correction=0).mean().sqrt()
+    # 14 by 14 by 16 values in float32, two layers.
+    torch.testing.assert_close(spread, torch.tensor(target or 1.0), rtol=1e-5, atol=0)
+
+
 class Gated(nn.Module):
     """A convolution with BatchNorm and squeeze-and-excitation, as in RegNetY."""
 

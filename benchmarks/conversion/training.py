@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from czm_fused import FusedCZMSGD, center_, convert, czm_param_groups, normalize_gradients_
-from czm_fused.calibration import BRANCH, TARGET, calibrate_
+from czm_fused.calibration import TARGET
 
 from .data import Images
 from .networks import NETWORKS
@@ -34,12 +34,12 @@ class Settings:
         lr_rest: the rate of biases and linear layers (czm); None: `lr`.
         bias_rate: the rate of convolutions' biases as a share of `lr` (czm); None: as `lr_rest`.
         warmup: steps of linear warm-up (czm).
-        zmg, luma: of `FusedCZMSGD`.
+        zmg, luma, weight_decay: of `FusedCZMSGD`.
         center_every: steps from one call of `center_` to the next (czm); 0: none.
         norm: of `normalize_gradients_` (czm); 0: none.
         clip: bound of the norm of all gradients (czm), without `norm`; 0: none.
         gain, zero_mean, noise: of `convert`.
-        target, branch, center: of `calibrate_`, without `gain`.
+        target: of `convert`, without `gain`.
         seed: of the weights and of the order of images.
     """
 
@@ -53,15 +53,14 @@ class Settings:
     warmup: int = 0
     zmg: float = 0.98
     luma: float = 5e-4
+    weight_decay: float = 0.0
     center_every: int = 0
     norm: float = 0.0
     clip: float = 1.0
     gain: float | None = None
     zero_mean: bool | None = None
-    noise: float = 0.0
     target: float = TARGET
-    branch: float = BRANCH
-    center: bool = True
+    noise: float = 0.0
     seed: int = 0
 
 
@@ -70,9 +69,14 @@ def build(s: Settings, example: Tensor) -> nn.Module:
     torch.manual_seed(s.seed)
     model: Any = NETWORKS[s.network]()
     if s.method == "czm":
-        convert(model, example_input=example, gain=s.gain, zero_mean=s.zero_mean, noise=s.noise)
-        if s.gain is None and (s.target, s.branch, s.center) != (TARGET, BRANCH, True):
-            calibrate_(model, example, target=s.target, branch=s.branch, center=s.center)
+        convert(
+            model,
+            example_input=example,
+            gain=s.gain,
+            zero_mean=s.zero_mean,
+            target=s.target if s.gain is None else None,
+            noise=s.noise,
+        )
     channels_last: nn.Module = model.to(memory_format=torch.channels_last)
     return channels_last
 
@@ -85,7 +89,9 @@ def optimizer_of(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
     if s.bias_rate is not None:
         overrides["bias"] = {"lr": s.bias_rate * s.lr}
     groups = czm_param_groups(model, overrides=overrides)
-    return FusedCZMSGD(groups, lr=s.lr, momentum=0.9, zmg=s.zmg, luma=s.luma)
+    return FusedCZMSGD(
+        groups, lr=s.lr, momentum=0.9, zmg=s.zmg, luma=s.luma, weight_decay=s.weight_decay
+    )
 
 
 def spread(logits: Tensor) -> float:
