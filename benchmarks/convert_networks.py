@@ -120,12 +120,17 @@ def _machine() -> dict[str, Any]:
     return {"commit": commit, "torch": torch.__version__, "machine": platform.processor()}
 
 
+def settings_of(network: str, common: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a converted network; those in `common` come before all others."""
+    return {"center_every": 20, "zmg": 0.85, **SETTINGS.get(network, {}), **common}
+
+
 def run(
     rows: Rows, network: str, method: str, seeds: list[int], common: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Return the test rows of a method on a network, one a seed, at its best rate."""
     if method == "czm":
-        common = {"center_every": 20, "zmg": 0.85, **SETTINGS.get(network, {}), **common}
+        common = settings_of(network, common)
     rates = RATES_WITH_NORM if common.get("norm") else RATES[method]
     tried = [rows.get(Settings(network, method, lr=lr, seed=seeds[0], **common)) for lr in rates]
     finished = [row for row in tried if row is not None]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 KEYS = [
     "benchmark", "model", "provider", "metric", "unit", "p20", "p50", "p80", "n",
@@ -307,6 +308,30 @@ def test_gradient_release_counts(benchmark_script, rows, tmp_path):
     # The largest weight's, and its bias's where it has one.
     assert nbytes("czm_released", "gradient_bytes") == 64 * 64 * 9 * 4
     assert nbytes("czm_released", "allocated_bytes") < nbytes("czm_kept", "allocated_bytes")
+
+
+def test_conversion_cost_counts_what_networks_save(benchmark_script, rows, tmp_path):
+    pytest.importorskip("torchvision")
+    path = tmp_path / "rows.jsonl"
+    arguments = ["--model", "six_layers", "--batch", "16", "--seconds", "0.01", "--json", str(path)]
+    assert benchmark_script("conversion_cost").main(arguments) == 0
+    saved = {row.provider: row.p50 for row in rows.read(path) if row.metric == "saved_bytes"}
+    # With ReLU, what is left is what the architecture keeps whatever replaces BatchNorm.
+    assert saved["converted"] == saved["centred"] == saved["floor"] < saved["batchnorm"]
+    timed = [row.provider for row in rows.read(path) if row.metric == "step"]
+    assert timed == ["batchnorm", "floor", "converted", "centred"]
+
+
+def test_conversion_cost_stops_where_centring_changes_outputs(benchmark_script, monkeypatch):
+    pytest.importorskip("torchvision")
+    script = benchmark_script("conversion_cost")
+
+    def wrong(model, images):
+        nn.init.ones_(model[0].bias)
+
+    monkeypatch.setattr(script, "center_", wrong)
+    with pytest.raises(benchmark_script("common.agreement").DisagreementError, match="centred"):
+        script.main(["--model", "six_layers", "--batch", "16", "--seconds", "0"])
 
 
 def test_low_precision_shows_what_stalls(benchmark_script, rows, tmp_path):

@@ -94,6 +94,16 @@ def optimizer_of(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
     )
 
 
+def improve_gradients(model: nn.Module, s: Settings) -> None:
+    """Normalise or clip the gradients, as the settings ask; a BatchNorm network's stay."""
+    if s.method == "bn":
+        return
+    if s.norm:
+        normalize_gradients_(model, norm=s.norm)
+    elif s.clip:
+        nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+
+
 def spread(logits: Tensor) -> float:
     """Return the standard deviation over the images, the root mean square over the classes."""
     return logits.float().var(dim=0, correction=0).mean().sqrt().item()
@@ -127,10 +137,7 @@ def train(s: Settings, data: Path) -> dict[str, Any]:
         loss = F.cross_entropy(output.float(), y)
         optimizer.zero_grad()
         loss.backward()
-        if s.norm:
-            normalize_gradients_(model, norm=s.norm)
-        elif s.clip and s.method == "czm":
-            nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        improve_gradients(model, s)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
