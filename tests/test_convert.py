@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from conversion import (
+from czm_fused import FusedCZMSGD, convert, czm_param_groups, plan_conversion
+from czm_fused.nn import ChannelAffine, CZMConv2d, exp_scale
+from helpers.conversion import (
     IMAGE,
     Function,
     actions,
@@ -21,8 +23,6 @@ from conversion import (
     relative_difference,
     remarks,
 )
-from czm_fused import FusedCZMSGD, convert, czm_param_groups, plan_conversion
-from czm_fused.nn import ChannelAffine, CZMConv2d, exp_scale
 
 MODES = pytest.mark.parametrize("from_pretrained", [False, True], ids=["scratch", "pretrained"])
 

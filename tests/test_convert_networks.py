@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from conversion import actions, converted, evaluated, randomised, relative_difference
 from czm_fused import FusedCZMSGD, convert, czm_param_groups
+from helpers.conversion import actions, converted, evaluated, randomised, relative_difference
 
 
 def weights_of_convolutions(model: nn.Module) -> int:

@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
-from conversion import (
+from czm_fused import FusedCZMSGD, convert, czm_param_groups, plan_conversion
+from czm_fused.nn import ChannelNoise, ReLU6
+from helpers.conversion import (
     IMAGE,
     Function,
     actions,
@@ -24,8 +26,6 @@ from conversion import (
     relative_difference,
     remarks,
 )
-from czm_fused import FusedCZMSGD, convert, czm_param_groups, plan_conversion
-from czm_fused.nn import ChannelNoise, ReLU6
 
 # Some ten operators on numbers about 1, in float32: below 100 * 2^-24.
 ROUNDING = 6e-6

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from conversion import IMAGE, Function, conv, converted
 from czm_fused import convert, czm_param_groups
+from helpers.conversion import IMAGE, Function, conv, converted
 
 
 def test_stem_is_found_marked_and_keeps_its_means():
