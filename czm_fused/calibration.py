@@ -24,7 +24,7 @@ from czm_fused._internal.signals import first_floating_point
 from czm_fused._internal.text import Tabular, shorten
 from czm_fused._internal.undo import undone_on_error
 from czm_fused.example import first_that_runs, hooked, preserved, run_checked, run_example
-from czm_fused.init import Convolution, is_depthwise, named_convolutions
+from czm_fused.init import Convolution, check_positive, is_depthwise, named_convolutions
 from czm_fused.ops.step.reference import filter_norms
 from czm_fused.ops.step.spec import compute_dtype
 
@@ -166,8 +166,8 @@ def calibrate_(
         UserWarning: a convolution never ran, or its output is constant or not finite (it is left as
             it was), or the output of the model is dead or explodes; with the names and the remedy.
     """
-    check_target(target)
-    check_target(branch, name="branch")
+    check_positive("target", target)
+    check_positive("branch", branch)
     convolutions = named_convolutions(model)
     if only is not None:
         convolutions = {name: each for name, each in convolutions.items() if name in only}
@@ -208,12 +208,6 @@ def calibrate_(
     for complaint in complaints:
         warnings.warn(complaint, stacklevel=2)
     return CalibrationReport(layers, output_before, output_after, (*notes, *complaints))
-
-
-def check_target(target: float, *, name: str = "target") -> None:
-    """Raise a `ValueError` unless `target`, the argument `name`, is a positive number."""
-    if not 0 < target < math.inf:
-        raise ValueError(f"{name} must be a positive number, but was {target}")
 
 
 class _Calibration:

@@ -30,13 +30,13 @@ from czm_fused._internal.replacement import (
 )
 from czm_fused._internal.text import Tabular, article, shorten
 from czm_fused._internal.undo import undone_on_error
-from czm_fused.calibration import TARGET, calibrate_, check_target
+from czm_fused.calibration import TARGET, calibrate_
 from czm_fused.example import zeros_for
 from czm_fused.groups import check_initialised, decide_stems
 from czm_fused.init import (
     GAIN,
     Convolution,
-    check_gain,
+    check_positive,
     find_stems,
     init_convolutions_,
     named_convolutions,
@@ -196,9 +196,9 @@ def convert(
             that was made before will not train the new parameters, or as in `calibrate_`.
     """
     if gain is not None:
-        check_gain(gain)
+        check_positive("gain", gain)
     if target is not None:
-        check_target(target)
+        check_positive("target", target)
         if gain is not None:
             raise ValueError(
                 f"target must be None with gain, which measures no scales, but was {target}"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from czm_fused._internal.sharding import local
-from czm_fused.init import named_convolutions
+from czm_fused.init import check_positive, named_convolutions
 from czm_fused.ops.step.reference import filter_norms
 
 NORM = 0.1
@@ -47,8 +45,7 @@ def normalize_gradients_(model: nn.Module, *, norm: float = NORM) -> None:
     Raises:
         ValueError: `norm` is not a positive number.
     """
-    if not 0 < norm < math.inf:
-        raise ValueError(f"norm must be a positive number, but was {norm}")
+    check_positive("norm", norm)
     for weight in {each._parameters.get("weight") for each in named_convolutions(model).values()}:
         if weight is not None and weight.grad is not None:
             _normalize(local(weight), local(weight.grad), norm)

@@ -63,7 +63,7 @@ def czm_weight_(
         ValueError: `gain` is not a positive number, or `weight` has fewer than 2 dimensions or is
             not initialised.
     """
-    check_gain(gain)
+    check_positive("gain", gain)
     if is_lazy(weight):
         raise ValueError("weight has no shape yet; run a forward pass of its lazy module first")
     if weight.dim() < 2:
@@ -133,7 +133,7 @@ def czm_init_(
             f"gain must be None with example_input, which measures the gains, but was {gain}"
         )
     gain = GAIN if gain is None else gain
-    check_gain(gain)
+    check_positive("gain", gain)
     if zero_mean is None:
         zero_mean = example_input is None
     convolutions = named_convolutions(module)
@@ -315,7 +315,7 @@ def _some(convolutions: dict[str, Convolution], most: int = 8) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def check_gain(gain: float) -> None:
-    """Raise a ValueError unless `gain` is a positive number."""
-    if not 0 < gain < float("inf"):
-        raise ValueError(f"gain must be a positive number, but was {gain}")
+def check_positive(name: str, value: float) -> None:
+    """Raise a ValueError unless `value`, the argument `name`, is a positive number."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive number, but was {value}")

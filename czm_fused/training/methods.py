@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..groups import czm_param_groups
-from ..init import GAIN, check_gain, czm_weight_, named_convolutions
+from ..init import GAIN, check_positive, czm_weight_, named_convolutions
 from ..models import cifar_resnet
 from ..ops.step.reference import filter_norms
 from ..optim import FusedCZMSGD
@@ -35,7 +35,7 @@ def build_model(config: Config, *, in_channels: int, num_classes: int) -> nn.Mod
         residual_bias=config.residual_bias,
     )
     if uses_czm(config):
-        check_gain(config.gain)
+        check_positive("gain", config.gain)
         if config.stem == "zero-mean":
             czm_weight_(model.stem.weight)
         if config.gain != GAIN:
