@@ -18,12 +18,21 @@ from typing import Any, Literal
 import torch
 from common import counting, plot, timing
 from common.agreement import DisagreementError, relative_error, require
-from common.normalisers import CLASSES, NETWORKS, PROVIDERS, build, make_optimizer
+from common.normalisers import (
+    CLASSES,
+    NETWORKS,
+    PROVIDERS,
+    build,
+    improve_gradients,
+    make_optimizer,
+)
 from common.options import Options, parse
 from common.rows import Results, frame, value
 from common.table import table
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from czm_fused import center_, uncenter_
 
 _MOST_ROUNDS = 300
 _TEST_BATCH = 500
@@ -41,7 +50,8 @@ class AlternativesOptions(Options):
     provider: tuple[
         Literal[
             "batchnorm", "batchnorm_compiled", "groupnorm", "groupnorm_ws", "frn_tlu", "evonorm_s0",
-            "nf_agc", "dynamic_tanh", "plain", "czmi", "czmig", "czmig_noise",
+            "nf_agc", "dynamic_tanh", "plain", "czmi", "czmig", "czmig_noise", "czmig_centered",
+            "czmig_normalised",
         ], ...,
     ] = ()  # fmt: skip
     """What is compared; everything by default."""
@@ -153,16 +163,10 @@ def forward_backward(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def take_step(
     model: nn.Module, provider: str, optimizer: torch.optim.Optimizer, batch: Images
 ) -> float:
-    """Take one step of a training, with the provider's clipping, and return the loss."""
+    """Take one step of a training, gradients bounded as the provider does; return the loss."""
     optimizer.zero_grad()
     loss = forward_backward(model, batch.pixels, batch.labels)
-    clip = PROVIDERS[provider].clip
-    if clip:
-        from timm.utils.agc import adaptive_clip_grad
-
-        # The classifier is not clipped (Brock et al., arXiv 2102.06171, section 4.1).
-        assert isinstance(model, nn.Sequential)
-        adaptive_clip_grad(model[:-1].parameters(), clip_factor=clip)
+    improve_gradients(model, provider)
     optimizer.step()
     return loss
 
@@ -187,7 +191,8 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
+    center_every = PROVIDERS[provider].center_every
+    for step in range(steps):
         if len(order) < options.batch:
             order = torch.randperm(len(images), generator=generator)
         indices, order = order[: options.batch], order[options.batch :]
@@ -196,6 +201,8 @@ def train(
         flips = flips.to(pixels.device)[:, None, None, None]
         pixels = torch.where(flips, pixels.flip(3), pixels)
         labels = images.labels[indices.to(images.labels.device)]
+        if center_every and step % center_every == 0:
+            center_(model, pixels)
         loss = take_step(model, provider, optimizer, Images(pixels, labels))
         if not math.isfinite(loss):
             return None
@@ -251,6 +258,8 @@ class Comparison:
         """
         images = self.random_images(max(self.options.batches + (16,)))
         model = build(self.network, provider, images.pixels, 0, self.options.width)
+        if PROVIDERS[provider].center_every:
+            center_(model, images.pixels)
         if PROVIDERS[provider].compiled:
             eager = copy.deepcopy(model)
             # The limit of compilations counts those of earlier batches and networks.
@@ -297,16 +306,23 @@ class Comparison:
                 continue
             images = self.random_images(batch)
             models = {provider: self.built(provider) for provider in missing}
-            steps, inferences = [], []
-            for provider, model in models.items():
+            steps, centerings, inferences = [], {}, []
+            for index, (provider, model) in enumerate(models.items()):
                 # A rate that leaves the weights where they are.
                 optimizer = make_optimizer(model, provider, 1e-6)
                 steps.append(partial(take_step, model, provider, optimizer, images))
                 inferences.append(torch.no_grad()(partial(model, images.pixels)))
+                if PROVIDERS[provider].center_every:
+                    centerings[index] = partial(center_, model, images.pixels)
             seconds = self.options.seconds / 2
-            done, _ = timing.time_rounds(steps, timer, _MOST_ROUNDS, seconds)
-            for provider, model in models.items():
-                models[provider] = model.eval()
+            calls = [*steps, *centerings.values()]
+            done, _ = timing.time_rounds(calls, timer, _MOST_ROUNDS, seconds)
+            # Each step bears its share of measuring the means.
+            for column, index in enumerate(centerings, start=len(steps)):
+                done[:, index] += done[:, column] / PROVIDERS[missing[index]].center_every
+            for model in models.values():
+                # As it is deployed.
+                uncenter_(model.eval())
             inferred, _ = timing.time_rounds(inferences, timer, _MOST_ROUNDS, seconds)
             for index, provider in enumerate(missing):
                 for metric, times in (("step", done), ("inference", inferred)):
@@ -346,9 +362,7 @@ class Comparison:
         options = self.options
         return {"width": options.width, "batch": options.batch, "held_out_images": options.held_out}
 
-    def _run(
-        self, provider: str, data: Data, lr: float, seed: int, steps: int, part: str
-    ) -> float:
+    def _run(self, provider: str, data: Data, lr: float, seed: int, steps: int, part: str) -> float:
         """Return the accuracy of one training on a part of the data, from its row if it is there.
 
         A diverged training's is 0.
@@ -380,9 +394,10 @@ class Comparison:
 
 
 def _folded(model: nn.Module) -> nn.Module:
-    """Return a model as it is deployed: BatchNorm folded into the convolution before it."""
+    """Return a model as it is deployed: BatchNorm and means folded into the convolutions."""
     from torch.fx.experimental.optimization import fuse
 
+    uncenter_(model)
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return model
     folded: nn.Module = fuse(model)

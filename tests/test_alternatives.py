@@ -11,7 +11,7 @@ TINY = [
 ]  # fmt: skip
 EAGER = [
     "batchnorm", "groupnorm", "groupnorm_ws", "frn_tlu", "evonorm_s0", "nf_agc", "dynamic_tanh",
-    "plain", "czmi", "czmig", "czmig_noise",
+    "plain", "czmi", "czmig", "czmig_noise", "czmig_centered", "czmig_normalised",
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from czm_fused import FusedCZMSGD, czm_init_, czm_param_groups
+from czm_fused import FusedCZMSGD, czm_init_, czm_param_groups, normalize_gradients_
 from czm_fused.functional import add_relu_noise
 
 CLASSES = 10
@@ -107,6 +107,10 @@ class Provider:
         czm: train with FusedCZMSGD and this share of zero-mean gradient; None for torch's SGD.
         noise: amplitude on the inputs of residual units.
         clip: factor of adaptive gradient clipping; 0 for none.
+        center_every: steps from one call of `center_` to the next; 0 for none. Such a network
+            starts with scales measured on a batch, and its gradients are bounded.
+        grad_norm: of `normalize_gradients_`, with weight decay in place of LUMA; 0: with `center_`,
+            gradients are clipped instead.
         compiled: run under `torch.compile`.
         rates: learning rates to choose from.
     """
@@ -118,6 +122,8 @@ class Provider:
     czm: float | None = None
     noise: float = 0.0
     clip: float = 0.0
+    center_every: int = 0
+    grad_norm: float = 0.0
     compiled: bool = False
     rates: tuple[float, ...] = _SGD_RATES
 
@@ -144,6 +150,9 @@ PROVIDERS = {
     "czmi": _CZM(czm=0.0),
     "czmig": _CZM(czm=0.85),
     "czmig_noise": _CZM(czm=0.85, noise=0.1),
+    # docs/recipes.md: what converted networks begin with, and what depthwise ones do.
+    "czmig_centered": _CZM(czm=0.85, center_every=20, rates=(0.03, 0.1, 0.2)),
+    "czmig_normalised": _CZM(czm=0.85, center_every=20, grad_norm=0.1, rates=(0.01, 0.02, 0.05)),
 }
 
 
@@ -227,9 +236,9 @@ NETWORKS = {"resnet20": resnet20, "depthwise": depthwise}
 def build(network: str, provider: str, batch: Tensor, seed: int, width: int = 16) -> nn.Module:
     """Build a network for a provider, in training mode and not compiled.
 
-    ResNet20 starts with CZM as its paper says; the depthwise network's scales are measured on
-    `batch`, as the paper's do not fit it. All others start as torch initialises, by He et al. for
-    ReLUs.
+    ResNet20 starts with CZM as its paper says; the scales of the depthwise network, which the
+    paper's do not fit, and of networks that are centred are measured on `batch`. All others start
+    as torch initialises, by He et al. for ReLUs.
 
     Args:
         network: one of `NETWORKS`.
@@ -247,12 +256,16 @@ def build(network: str, provider: str, batch: Tensor, seed: int, width: int = 16
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     model = model.to(batch.device).train()
     if chosen.czm is not None:
-        czm_init_(model, stem="0.0", example_input=None if network == "resnet20" else batch)
+        is_measured = network != "resnet20" or chosen.center_every
+        czm_init_(model, stem="0.0", example_input=batch if is_measured else None)
     return model
 
 
 def make_optimizer(model: nn.Module, provider: str, lr: float) -> torch.optim.Optimizer:
-    """Return the optimizer of a provider: with CZM, all but the filters learn at a quarter of `lr`.
+    """Return the optimizer of a provider.
+
+    With CZM, all but the filters learn at a quarter of `lr`; in centred networks all at `lr`, but
+    the biases of convolutions whose gradients are normalised at a tenth.
 
     Args:
         model: as `build` returns it.
@@ -264,6 +277,25 @@ def make_optimizer(model: nn.Module, provider: str, lr: float) -> torch.optim.Op
         return torch.optim.SGD(
             model.parameters(), lr, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
         )
-    rest = {"rest": {"lr": lr / 4}}
-    groups = czm_param_groups(model, stem="0.0", overrides=rest)
-    return FusedCZMSGD(groups, lr, MOMENTUM, zmg=chosen.czm)
+    overrides = {} if chosen.center_every else {"rest": {"lr": lr / 4}}
+    decay = {}
+    if chosen.grad_norm:
+        overrides = {"bias": {"lr": lr / 10}}
+        decay = {"weight_decay": 5e-3, "luma": 0.0}
+    groups = czm_param_groups(model, stem="0.0", overrides=overrides)
+    return FusedCZMSGD(groups, lr, MOMENTUM, zmg=chosen.czm, **decay)
+
+
+def improve_gradients(model: nn.Module, provider: str) -> None:
+    """Clip or normalise the gradients, as the provider does."""
+    chosen = PROVIDERS[provider]
+    if chosen.clip:
+        from timm.utils.agc import adaptive_clip_grad
+
+        # The classifier is not clipped (Brock et al., arXiv 2102.06171, section 4.1).
+        assert isinstance(model, nn.Sequential)
+        adaptive_clip_grad(model[:-1].parameters(), clip_factor=chosen.clip)
+    elif chosen.grad_norm:
+        normalize_gradients_(model, norm=chosen.grad_norm)
+    elif chosen.center_every:
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
