@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from czm_fused._internal.residual import branch_ends
-from czm_fused._internal.signals import first_floating_point
+from czm_fused._internal.signals import output_spread, spread
 from czm_fused._internal.text import Tabular, shorten
 from czm_fused._internal.undo import undone_on_error
 from czm_fused.example import first_that_runs, hooked, preserved, run_checked, run_example
@@ -238,18 +238,18 @@ class _Calibration:
         name = self.names[convolution]
         if name in self.layers:
             return None
-        before = _spread(output)
+        before = spread(output)
         why_not = self._why_not(convolution, before)
         if why_not:
             self._record(name, before, before, why_not)
             return None
-        spread = before
+        measured = before
         if self.weigh_taps and not is_depthwise(convolution):
             coverage = tap_coverage(convolution, args[0].shape, output.shape)
             _multiply_weight(convolution, coverage.to(convolution.weight))
             output = convolution.forward(*args)
-            spread = _spread(output)
-        factor = self.targets[name] / spread
+            measured = spread(output)
+        factor = self.targets[name] / measured
         _multiply_weight(convolution, factor)
         self._record(name, before, self.targets[name], "branch" if name in self.ends else "")
         if convolution.bias is None:
@@ -262,7 +262,7 @@ class _Calibration:
             convolution.bias.copy_(-(means.mean(dim=0) if means.dim() > 1 else means))
         return result + convolution.bias.view(shape)
 
-    def _why_not(self, convolution: Any, spread: float) -> str:
+    def _why_not(self, convolution: Any, before: float) -> str:
         """Return why a convolution is left as it is, or nothing."""
         name = owner = self.names[convolution]
         for parameter in _parameters(convolution):
@@ -271,9 +271,9 @@ class _Calibration:
             return f"shares the weight of {owner!r}"
         if not _parameters(convolution):
             return COMPUTED
-        if spread == 0:
+        if before == 0:
             return CONSTANT
-        return "" if math.isfinite(spread) else NOT_FINITE
+        return "" if math.isfinite(before) else NOT_FINITE
 
     def _record(self, name: str, before: float, after: float, remark: str) -> None:
         self.layers[name] = LayerStart(name, _gain(self.convolutions[name]), before, after, remark)
@@ -346,23 +346,9 @@ def _gain(convolution: Convolution) -> float:
     return filter_norms(convolution.weight.detach()).median().item()
 
 
-def _spread(x: Tensor) -> float:
-    """Return the standard deviation over all but dimension 1, the root mean square over that.
-
-    0 where that is no more than the rounding of a constant.
-    """
-    x = x.detach().to(compute_dtype(x.dtype))
-    if x.dim() < 2:
-        x = x.reshape(-1, 1)
-    channels = x.transpose(0, 1).flatten(1)
-    spread = channels.var(dim=1, correction=0).mean().sqrt().item()
-    rounding = 4 * torch.finfo(x.dtype).eps * channels.square().mean().sqrt().item()
-    return 0.0 if spread < rounding else spread
-
-
 def _output_spread(output: Any) -> float:
-    measured = first_floating_point(output)
-    return math.nan if measured is None else _spread(measured)
+    measured = output_spread(output)
+    return math.nan if measured is None else measured
 
 
 def _to_measuring_mode(model: nn.Module) -> None:

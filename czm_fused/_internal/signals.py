@@ -33,7 +33,8 @@ class Signals:
     def leave(self, convolution: Any, _: Any, output: Tensor) -> None:
         """Record the output, as a forward hook."""
         batched = output if output.dim() == convolution.weight.dim() else output.unsqueeze(0)
-        self.variances.append(_variance(batched))
+        channels = batched.to(compute_dtype(output.dtype)).transpose(0, 1)
+        self.variances.append(_variance(channels))
 
     def gain(self) -> float | None:
         """Return the root mean square of the responses over that of the zero-mean inputs."""
@@ -47,22 +48,30 @@ class Signals:
         return torch.stack(self.variances).mean().sqrt().item() if self.variances else None
 
 
-def _variance(output: Tensor) -> Tensor:
-    """Return the variance over all dimensions but 1, averaged over dimension 1."""
-    channels = output.to(compute_dtype(output.dtype)).transpose(0, 1).flatten(1)
-    return channels.var(dim=1, correction=0).mean()
+def _variance(channels: Tensor) -> Tensor:
+    """Return the variance over all dimensions but the first, averaged over that."""
+    return channels.flatten(1).var(dim=1, correction=0).mean()
+
+
+def spread(x: Tensor) -> float:
+    """Return the standard deviation over samples and positions, the root mean square over channels.
+
+    0 where that is no more than the rounding of a constant.
+
+    Args:
+        x: of shape (samples, channels, ...), or (samples,).
+    """
+    x = x.detach().to(compute_dtype(x.dtype))
+    channels = (x if x.dim() > 1 else x.unsqueeze(1)).transpose(0, 1)
+    deviation = _variance(channels).sqrt().item()
+    rounding = 4 * torch.finfo(x.dtype).eps * channels.square().mean().sqrt().item()
+    return 0.0 if deviation < rounding else deviation
 
 
 def output_spread(output: Any) -> float | None:
-    """Return the spread of the first floating-point tensor in `output`, or None without one.
-
-    The spread is the standard deviation over samples and positions, the root mean square over
-    channels.
-    """
+    """Return the spread of the first floating-point tensor in `output`, or None without one."""
     measured = first_floating_point(output)
-    if measured is None:
-        return None
-    return _variance(measured if measured.dim() > 1 else measured.unsqueeze(1)).sqrt().item()
+    return None if measured is None else spread(measured)
 
 
 def first_floating_point(output: Any) -> Tensor | None:
