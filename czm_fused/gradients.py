@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,12 +48,19 @@ def normalize_gradients_(model: nn.Module, *, norm: float = NORM) -> None:
         ValueError: `norm` is not a positive number.
     """
     check_positive("norm", norm)
+    by_kind: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for weight in {each._parameters.get("weight") for each in named_convolutions(model).values()}:
         if weight is not None and weight.grad is not None:
-            _normalize(local(weight), local(weight.grad), norm)
+            pair = local(weight), local(weight.grad)
+            by_kind.setdefault((weight.device, weight.dtype), []).append(pair)
+    for pairs in by_kind.values():
+        _normalize([weight for weight, _ in pairs], [grad for _, grad in pairs], norm)
 
 
-def _normalize(weight: Tensor, grad: Tensor, norm: float) -> None:
-    product = filter_norms(weight) * filter_norms(grad)
-    factor = torch.where(product > 0, norm / product, 0)
-    grad.mul_(factor.view(-1, *[1] * (grad.dim() - 1)))
+def _normalize(weights: list[Tensor], grads: list[Tensor], norm: float) -> None:
+    # All filters at once: a network has many convolutions of few filters.
+    counts = [len(weight) for weight in weights]
+    products = torch.cat([*map(filter_norms, weights)]) * torch.cat([*map(filter_norms, grads)])
+    factors = torch.where(products > 0, norm / products, 0).split(counts)
+    for grad, factor in zip(grads, factors, strict=True):
+        grad.mul_(factor.view(-1, *[1] * (grad.dim() - 1)))

@@ -1,5 +1,6 @@
 """normalize_gradients_: what it makes of each gradient, and what it leaves."""
 
+import copy
 import math
 
 import pytest
@@ -84,3 +85,18 @@ def test_tied_filters_are_normalized_once():
     weight = model[0].weight
     norms = weight.detach().flatten(1).norm(dim=1) * weight.grad.flatten(1).norm(dim=1)
     torch.testing.assert_close(norms, torch.full((2,), 0.1))
+
+
+def test_every_layer_has_its_own_factors_whatever_its_dtype():
+    torch.manual_seed(0)
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float32)
+    model = nn.Sequential(*(nn.Conv2d(2, 3, 3, dtype=dtype) for dtype in dtypes))
+    for number, each in enumerate(model):
+        each.weight.grad = (10.0**number * torch.randn_like(each.weight)).detach()
+    alone = copy.deepcopy(model)
+    for each, its in zip(model, alone, strict=True):
+        its.weight.grad = each.weight.grad.clone()
+        normalize_gradients_(its)
+    normalize_gradients_(model)
+    for each, its in zip(model, alone, strict=True):
+        assert torch.equal(each.weight.grad, its.weight.grad)
