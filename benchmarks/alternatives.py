@@ -60,7 +60,7 @@ class AlternativesOptions(Options):
     data_dir: Path | None = None
     """Folder with train/<class>/ and test/<class>/, for the accuracy."""
     image_size: int = 16
-    """Height and width of the random images that counts and times are of."""
+    """Height and width of the images; larger ones of --data-dir are averaged to it."""
     batches: tuple[int, ...] = (1, 8, 32, 128)
     """Images a step, of counts and times."""
     seconds: float = 20.0
@@ -119,17 +119,24 @@ class Data:
 def load(options: AlternativesOptions) -> Data:
     """Return the images of `--data-dir`, normalised by the mean and deviation of each channel.
 
+    Images of more than `--image-size` pixels are averaged to it, and rounded.
+
     Raises:
         ValueError: there are fewer images than are held out and a batch.
     """
     from torchvision.datasets import ImageFolder
     from torchvision.transforms.functional import pil_to_tensor
 
+    def averaged(image: Any) -> Tensor:
+        pixels: Tensor = pil_to_tensor(image)
+        if pixels.shape[-1] <= options.image_size:
+            return pixels
+        return F.adaptive_avg_pool2d(pixels.float(), options.image_size).round().to(torch.uint8)
+
     def read(part: str) -> Images:
         assert options.data_dir is not None
-        folder = ImageFolder(str(options.data_dir / part))
-        pixels = torch.stack([pil_to_tensor(folder.loader(path)) for path, _ in folder.samples])
-        return Images(pixels, torch.tensor(folder.targets))
+        folder = ImageFolder(str(options.data_dir / part), averaged)
+        return Images(torch.stack([image for image, _ in folder]), torch.tensor(folder.targets))
 
     train, test = read("train"), read("test")
     if len(train) < options.held_out + options.batch:

@@ -80,6 +80,23 @@ def test_training_learns_what_can_be_told_apart(alternatives, folder):
     assert alternatives.accuracy(model, data.test) == 100
 
 
+def test_larger_images_are_averaged(alternatives, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    stripes = image.new("RGB", (4, 4))
+    stripes.paste((200, 200, 200), (0, 0, 4, 1))
+    stripes.paste((200, 200, 200), (0, 2, 4, 3))
+    pictures = {"black": image.new("RGB", (4, 4)), "grey": image.new("RGB", (4, 4), (100,) * 3)}
+    for part in ("train", "test"):
+        for name, picture in (pictures | {"striped": stripes}).items():
+            where = tmp_path / part / name
+            where.mkdir(parents=True)
+            picture.save(where / "0.png")
+    options = alternatives.AlternativesOptions(data_dir=tmp_path, batch=2, held_out=1, image_size=2)
+    black, grey, striped = alternatives.load(options).test.pixels
+    assert striped.shape == (3, 2, 2)
+    assert torch.equal(striped, grey) and not torch.equal(black, grey)
+
+
 def test_a_diverged_training_has_no_accuracy(alternatives, folder):
     options = alternatives.AlternativesOptions(data_dir=folder, batch=4, held_out=4, width=8)
     data = alternatives.load(options)
