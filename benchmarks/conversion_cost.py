@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from czm_fused import center_
 
 _MOST_ROUNDS = 1000
-_PROVIDERS = ("batchnorm", "floor", "converted", "centred")
+_PROVIDERS = ("batchnorm", "floor", "converted", "noisy", "centred")
 # The rate does not change what a step costs; at this one, nothing diverges on noise.
 _RATE = 1e-4
 
@@ -48,6 +48,8 @@ class CostOptions(Options):
     """Images a step."""
     seconds: float = 30.0
     """Of timing for each network; 0: count, do not time."""
+    autocast: bool = True
+    """To bfloat16, as the protocol trains all networks but the depthwise ones; else float32."""
 
     def check(self) -> None:
         """Check what the types do not."""
@@ -62,23 +64,27 @@ class Training:
     Args:
         network: one of `NETWORKS`.
         provider: "batchnorm"; "floor", the network without its BatchNorm and with nothing in its
-            place, under momentum SGD: no method is cheaper; "converted", by `convert` alone; or
-            "centred", with `center_` and all else that the settings of the network ask for.
+            place, under momentum SGD: no method is cheaper; "converted", by `convert` alone;
+            "noisy", the same with noise 0.1; or "centred", with `center_` and all else that the
+            settings of the network ask for.
         images, labels: a batch.
+        use_autocast: to bfloat16.
     """
 
-    def __init__(self, network: str, provider: str, images: Tensor, labels: Tensor) -> None:
+    def __init__(
+        self, network: str, provider: str, images: Tensor, labels: Tensor, use_autocast: bool
+    ) -> None:
         self.images, self.labels = images, labels
         method = "bn" if provider in ("batchnorm", "floor") else "czm"
-        settings: dict[str, Any] = settings_of(network, {}) if provider == "centred" else {}
-        if provider == "converted":
-            settings = {"clip": 0.0}
+        settings: dict[str, Any] = {"clip": 0.0, "noise": 0.1 if provider == "noisy" else 0.0}
+        if provider == "centred":
+            settings = settings_of(network, {})
         self.settings = Settings(network, method, lr=_RATE, **settings)
         self.model = build(self.settings, images).train()
         if provider == "floor":
             _without_batch_norm(self.model)
         self.optimizer = optimizer_of(self.model, self.settings)
-        self.use_autocast = network not in DEPTHWISE
+        self.use_autocast = use_autocast
 
     def forward(self) -> Tensor:
         """Return the logits."""
@@ -131,14 +137,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (options.batch,), device=device)
     for model in options.model:
-        trainings = {each: Training(model, each, images, labels) for each in _PROVIDERS}
-        _check_centred(trainings["centred"])
-        config = {
-            "batch": options.batch,
-            "autocast": "bfloat16" if trainings["floor"].use_autocast else "float32",
+        use_autocast = options.autocast and model not in DEPTHWISE
+        trainings = {
+            each: Training(model, each, images, labels, use_autocast) for each in _PROVIDERS
         }
+        _check_centred(trainings["centred"])
+        config = {"batch": options.batch, "autocast": "bfloat16" if use_autocast else "float32"}
         for provider, training in trainings.items():
-            with torch.autocast(device.type, torch.bfloat16, enabled=training.use_autocast):
+            with torch.autocast(device.type, torch.bfloat16, enabled=use_autocast):
                 kept = saved_bytes(training.model, images)
             results.add(model, provider, "saved_bytes", "bytes", kept, **config)
         if options.seconds:
@@ -146,8 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             timer = timing.ClockTimer(device)
             times, _ = timing.time_rounds(calls, timer, _MOST_ROUNDS, options.seconds)
             # Each step bears its share of measuring the means.
-            every = trainings["centred"].settings.center_every
-            times[:, 3] += times[:, 4] / every
+            times[:, -2] += times[:, -1] / trainings["centred"].settings.center_every
             for number, provider in enumerate(_PROVIDERS):
                 results.add(model, provider, "step", "us", times[:, number], **config)
     rows = frame(results.rows)
