@@ -282,7 +282,7 @@ def plan_conversion(
     notes = [
         _summary(changes),
         f"{len(convolutions)} convolutions: "
-        + ("weights kept or folded" if from_pretrained else "initialised by CZMI"),
+        + ("weights kept or folded" if from_pretrained else "initialised anew"),
         f"stem: {', '.join(map(repr, names))} ({reason})" if names else f"stem: {reason}",
         *flow.notes,
     ]
