@@ -62,8 +62,13 @@ def mean_response(weight: Tensor, input_mean: Tensor, groups: int) -> Tensor:
         input_mean: of shape (channels,).
         groups: of the convolution.
     """
-    # Over dimensions of taps, as a view of fewer dimensions would cost the gradient a copy.
-    filters = weight.sum(dim=list(range(2, weight.dim())))
+    if max(weight.shape[2:]) == 1:
+        filters = weight.flatten(1)
+    else:
+        # Over dimensions of taps, as a view of fewer dimensions would cost the gradient a copy.
+        filters = weight.sum(dim=list(range(2, weight.dim())))
+    if groups == weight.shape[0] and weight.shape[1] == 1:
+        return (filters.squeeze(1) * input_mean).to(weight.dtype)
     if groups > 1:
         means = input_mean.view(groups, 1, -1).expand(-1, filters.shape[0] // groups, -1)
         input_mean = means.reshape(filters.shape)
