@@ -25,7 +25,9 @@ CONVOLUTIONS = {
     "2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, dilation=2), (8, 4, 9, 9)),
     "pointwise": (lambda: nn.Conv2d(4, 6, 1), (8, 4, 5, 5)),
     "grouped": (lambda: nn.Conv2d(4, 6, (1, 3), groups=2), (8, 4, 5, 5)),
-    "depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4), (8, 4, 5, 5)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (8, 4, 5, 5)),
+    "two_filters_a_channel": (lambda: nn.Conv2d(4, 8, 3, groups=4), (8, 4, 5, 5)),
+    "one_channel": (lambda: nn.Conv2d(1, 1, 3), (8, 1, 5, 5)),
     "3d": (lambda: nn.Conv3d(4, 6, 2), (8, 4, 4, 4, 4)),
     "czm": (lambda: CZMConv2d(4, 6, 3), (8, 4, 5, 5)),
 }
