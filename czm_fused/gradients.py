@@ -61,6 +61,6 @@ def _normalize(weights: list[Tensor], grads: list[Tensor], norm: float) -> None:
     # All filters at once: a network has many convolutions of few filters.
     counts = [len(weight) for weight in weights]
     products = torch.cat([*map(filter_norms, weights)]) * torch.cat([*map(filter_norms, grads)])
-    factors = torch.where(products > 0, norm / products, 0).split(counts)
+    factors = torch.where(products > 0, norm / products, 0).split_with_sizes(counts)
     for grad, factor in zip(grads, factors, strict=True):
         grad.mul_(factor.view(-1, *[1] * (grad.dim() - 1)))
