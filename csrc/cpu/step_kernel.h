@@ -46,7 +46,6 @@ template <class Stored> struct Filter {
   int64_t numel;
   // Weights from here to what is fetched ahead; 0 leaves that to the hardware.
   int64_t prefetch;
-  int64_t momentum_prefetch;
 
   Filter from(int64_t offset) const {
     return {weight + offset,
@@ -54,8 +53,7 @@ template <class Stored> struct Filter {
             momentum ? momentum + offset : nullptr,
             remainder ? remainder + offset : nullptr,
             numel - offset,
-            prefetch,
-            momentum_prefetch};
+            prefetch};
   }
 };
 
@@ -105,7 +103,8 @@ template <class opmath_t> struct Reductions {
 // The momentum that the second pass needs, fetched by the first, whose own numbers are in the cache.
 template <class Stored>
 CZM_PREFETCHES void prefetch_momentum(const Filter<Stored>& filter, int64_t i) {
-  if (filter.momentum) __builtin_prefetch(filter.momentum + i + filter.momentum_prefetch, 1, 3);
+  constexpr int64_t ahead = kPrefetchBytes / 2 / int64_t(sizeof(Stored));
+  if (filter.momentum) __builtin_prefetch(filter.momentum + i + ahead, 1, 3);
 }
 
 template <class Stored>
@@ -355,8 +354,7 @@ void step_tensor(const TensorDescriptor& descriptor, int64_t grad, const GroupDe
       reinterpret_cast<Stored*>(descriptor.momentum_buffer),
       reinterpret_cast<int16_t*>(descriptor.param_remainder),
       descriptor.numel,
-      descriptor.needs_norms ? prefetch : 0,
-      least_prefetch / 2};
+      descriptor.needs_norms ? prefetch : 0};
   for (int64_t number = first_filter; number < last_filter; ++number) {
     Filter<Stored> filter = tensor.from(number * descriptor.filter_numel);
     if (filter.numel > descriptor.filter_numel) filter.numel = descriptor.filter_numel;
