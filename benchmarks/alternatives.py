@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from common import counting, plot, timing
 from common.agreement import DisagreementError, relative_error, require
+from common.images import averaged
 from common.normalisers import (
     CLASSES,
     NETWORKS,
@@ -127,16 +128,11 @@ def load(options: AlternativesOptions) -> Data:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms.functional import pil_to_tensor
 
-    def averaged(image: Any) -> Tensor:
-        pixels: Tensor = pil_to_tensor(image)
-        if pixels.shape[-1] <= options.image_size:
-            return pixels
-        return F.adaptive_avg_pool2d(pixels.float(), options.image_size).round().to(torch.uint8)
-
     def read(part: str) -> Images:
         assert options.data_dir is not None
-        folder = ImageFolder(str(options.data_dir / part), averaged)
-        return Images(torch.stack([image for image, _ in folder]), torch.tensor(folder.targets))
+        folder = ImageFolder(str(options.data_dir / part), pil_to_tensor)
+        pixels = torch.stack([averaged(image, options.image_size) for image, _ in folder])
+        return Images(pixels, torch.tensor(folder.targets))
 
     train, test = read("train"), read("test")
     if len(train) < options.held_out + options.batch:

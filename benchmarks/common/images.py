@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from czm_fused.training import data
 from czm_fused.training.batches import Normalisation
@@ -28,6 +29,13 @@ def synthetic(count: int) -> data.Images:
     patterns = draw(0, 128, CLASSES, 3, SIZE // 8, SIZE // 8)
     patterns = patterns.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
     return data.Images(patterns[labels] + draw(0, 128, count, 3, SIZE, SIZE), labels)
+
+
+def averaged(image: Tensor, size: int) -> Tensor:
+    """Return a uint8 image, `(3, H, W)`, averaged to `size` pixels and rounded, if it has more."""
+    if image.shape[-1] <= size:
+        return image
+    return F.adaptive_avg_pool2d(image.float(), size).round().to(torch.uint8)
 
 
 def from_folder(folder: Path, count: int) -> data.Images:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from common.images import averaged
 from torch import Tensor
-from torch.nn import functional as F
 
 HELD_OUT = 5_000
 SIZE = 16
@@ -43,9 +43,7 @@ def _read(folder: Path) -> tuple[Tensor, Tensor]:
 
     images, labels = [], []
     for image, label in ImageFolder(str(folder), pil_to_tensor):
-        if image.shape[-1] != SIZE:
-            image = F.avg_pool2d(image.float(), image.shape[-1] // SIZE).round().to(torch.uint8)
-        images.append(image)
+        images.append(averaged(image, SIZE))
         labels.append(label)
     return torch.stack(images), torch.tensor(labels)
 
