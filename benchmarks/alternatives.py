@@ -24,7 +24,7 @@ from common.normalisers import (
     NETWORKS,
     PROVIDERS,
     build,
-    improve_gradients,
+    clip_gradients,
     make_optimizer,
 )
 from common.options import Options, parse
@@ -169,7 +169,7 @@ def take_step(
     """Take one step of a training, gradients bounded as the provider does; return the loss."""
     optimizer.zero_grad()
     loss = forward_backward(model, batch.pixels, batch.labels)
-    improve_gradients(model, provider)
+    clip_gradients(model, provider)
     optimizer.step()
     return loss
 

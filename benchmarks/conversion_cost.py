@@ -19,7 +19,7 @@ from common.options import Options, parse
 from common.rows import Results, frame
 from common.table import table
 from conversion.networks import CLASSES, NETWORKS
-from conversion.training import DEPTHWISE, Settings, build, improve_gradients, optimizer_of
+from conversion.training import DEPTHWISE, Settings, build, clip_gradients, optimizer_of
 from convert_networks import settings_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,7 +97,7 @@ class Training:
         loss = F.cross_entropy(self.forward().float(), self.labels)
         self.optimizer.zero_grad()
         loss.backward()
-        improve_gradients(self.model, self.settings)
+        clip_gradients(self.model, self.settings)
         self.optimizer.step()
 
     def center(self) -> None:

@@ -18,6 +18,7 @@ namespace czm {
   FIELD(weight_decay)              \
   FIELD(zmg)                       \
   FIELD(luma)                      \
+  FIELD(grad_norm)                 \
   FIELD(nesterov)                  \
   FIELD(maximize)
 
@@ -38,6 +39,7 @@ struct HyperParameters {
   opmath_t weight_decay;
   opmath_t zmg;
   opmath_t luma;
+  opmath_t grad_norm;
   opmath_t grad_factor;  // the sign of maximize over the scale of GradScaler
   bool nesterov;
 };
@@ -55,6 +57,7 @@ CZM_INLINE HyperParameters<opmath_t> hyperparameters_of(const GroupDescriptor& g
   result.weight_decay = opmath_t(group.weight_decay);
   result.zmg = opmath_t(group.zmg);
   result.luma = opmath_t(group.luma);
+  result.grad_norm = opmath_t(group.grad_norm);
   result.grad_factor = group.maximize != 0 ? -inverse_scale : inverse_scale;
   result.nesterov = group.nesterov != 0;
   return result;
@@ -90,23 +93,43 @@ CZM_INLINE FilterRule<To> convert_rule(const FilterRule<From>& rule, const Conve
   return result;
 }
 
-// From the two reductions <W, W> and <dW, W> to the rule of this filter; advances g in place.
+// The sums over a filter that its rule is made of; zeros for a tensor that needs none.
+template <class T>
+struct FilterSums {
+  T weight_weight;  // <W, W>
+  T grad_weight;    // <dW, W>
+  T grad_grad;      // <dW, dW>
+};
+
+// What the gradients of a filter are multiplied by. Those of zeros stay as they are, and so does the
+// gradient of a filter without weights, which has no direction.
+template <class opmath_t>
+CZM_INLINE opmath_t grad_factor(const HyperParameters<opmath_t>& hyper,
+                                const FilterSums<opmath_t>& sums) {
+  const opmath_t norm =
+      std::sqrt(sums.weight_weight) * std::sqrt(sums.grad_grad) * std::fabs(hyper.grad_factor);
+  const bool has_norm = hyper.grad_norm > opmath_t(0) && norm > opmath_t(0);
+  return has_norm ? hyper.grad_factor * (hyper.grad_norm / norm) : hyper.grad_factor;
+}
+
+// From the sums over a filter to its rule; advances g in place.
 // log_scale is null for a filter that is not exp-scaled, its momentum null without momentum.
 template <class opmath_t>
-CZM_INLINE FilterRule<opmath_t> filter_rule(const HyperParameters<opmath_t>& hyper, opmath_t weight_weight,
-                                        opmath_t grad_weight, int64_t taps, opmath_t* log_scale,
-                                        opmath_t* log_scale_momentum) {
+CZM_INLINE FilterRule<opmath_t> filter_rule(const HyperParameters<opmath_t>& hyper,
+                                        const FilterSums<opmath_t>& sums, int64_t taps,
+                                        opmath_t* log_scale, opmath_t* log_scale_momentum) {
   const opmath_t g = log_scale ? *log_scale : opmath_t(0);
   const opmath_t scale = log_scale ? std::exp(g) : opmath_t(1);
   // exp(g) of a filter that has collapsed may be subnormal or 0 in this arithmetic, and W with it: V
   // is lost, and neither anchor nor decay has anything to act on.
   const opmath_t inverse_scale =
       scale >= kSmallestNormal<opmath_t> ? opmath_t(1) / scale : opmath_t(0);
-  const opmath_t norm = std::sqrt(weight_weight) * inverse_scale;
+  const opmath_t norm = std::sqrt(sums.weight_weight) * inverse_scale;
   // <W, W> underflows or overflows long before W does, and then the norm is not known.
   const bool has_anchor = norm > opmath_t(0) && norm <= kLargest<opmath_t>;
+  const opmath_t factor = grad_factor(hyper, sums);
   FilterRule<opmath_t> rule;
-  rule.grad = hyper.grad_factor * scale;
+  rule.grad = factor * scale;
   rule.weight = has_anchor
                     ? opmath_t(2) * hyper.luma * ((norm - opmath_t(1)) / norm) * inverse_scale
                     : opmath_t(0);
@@ -118,7 +141,7 @@ CZM_INLINE FilterRule<opmath_t> filter_rule(const HyperParameters<opmath_t>& hyp
   rule.rate = -hyper.lr;
   rule.nesterov = hyper.nesterov;
   if (log_scale) {
-    const opmath_t dg = hyper.grad_factor * grad_weight;
+    const opmath_t dg = factor * sums.grad_weight;
     opmath_t m = log_scale_momentum ? *log_scale_momentum : opmath_t(0);
     m = multiply_add(hyper.one_minus_dampening, dg, hyper.momentum * m);
     if (log_scale_momentum) *log_scale_momentum = m;

@@ -4,7 +4,6 @@ from czm_fused import functional
 from czm_fused.centering import center_, uncenter_
 from czm_fused.conversion import convert, plan_conversion
 from czm_fused.gradient_release import GradientRelease
-from czm_fused.gradients import normalize_gradients_
 from czm_fused.groups import czm_param_groups
 from czm_fused.init import czm_init_
 from czm_fused.nn import CZMBasicBlock, CZMConv1d, CZMConv2d, CZMConv3d, exp_scale
@@ -27,7 +26,6 @@ __all__ = [
     "czm_param_groups",
     "exp_scale",
     "functional",
-    "normalize_gradients_",
     "plan_conversion",
     "uncenter_",
 ]

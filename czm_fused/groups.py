@@ -21,7 +21,7 @@ from czm_fused.init import Convolution, check_module, find_stems, is_depthwise, 
 from czm_fused.nn import ExpScale
 
 # LUMA may anchor the rows of linear layers, but never a transposed convolution.
-_PLAIN = {"exp_scale": False, "zmg": 0.0, "luma": 0.0, "max_filter_dim": 2}
+_PLAIN = {"exp_scale": False, "zmg": 0.0, "luma": 0.0, "grad_norm": 0.0, "max_filter_dim": 2}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "stem": {"exp_scale": True, "zmg": 0.0},
@@ -44,6 +44,7 @@ HYPERPARAMETERS = (
     "maximize",
     "zmg",
     "luma",
+    "grad_norm",
     "exp_scale",
     "master_weights",
     "capturable",
@@ -66,13 +67,13 @@ class ParamGroup(dict[str, Any]):
 
         Warns:
             UserWarning: the setting is none of `FusedCZMSGD`'s, so that an optimizer has been given
-                the group that ignores `exp_scale`, `zmg` and `luma`.
+                the group that ignores `exp_scale`, `zmg`, `luma` and `grad_norm`.
         """
         if key not in self and not key.startswith("initial_") and key not in _KNOWN:
             warnings.warn(
                 "the groups of czm_param_groups must go to FusedCZMSGD, but another optimizer got "
-                "them, which ignores their exp_scale, zmg and luma; use FusedCZMSGD, or pass plain "
-                "groups, [dict(group) for group in groups]",
+                "them, which ignores their exp_scale, zmg, luma and grad_norm; use FusedCZMSGD, or "
+                "pass plain groups, [dict(group) for group in groups]",
                 stacklevel=level_of_caller(),
             )
         return super().setdefault(key, default)

@@ -41,6 +41,7 @@ _SWITCHES = tuple(
     index for index, hyperparameter in enumerate(HYPERPARAMETERS) if hyperparameter.flag is not None
 )
 _MOST_PLANS = 8
+_NEWER_THAN_SOME_PICKLES = {"capturable": False, "master_weights": False, "grad_norm": 0.0}
 
 
 class FusedCZMSGD(Optimizer):
@@ -50,6 +51,7 @@ class FusedCZMSGD(Optimizer):
     updates `V` and `g` without `V` ever existing (paper §3.1), with zero-mean gradients (CZMG,
     §3.3) and unit-magnitude anchoring (LUMA, §3.4). For each filter, with `s = exp(g)`:
 
+        dW  *= grad_norm / (‖W‖ * ‖dW‖)     unless grad_norm is 0
         n    = ‖W‖ / s
         dV   = s * dW + 2 * luma * (n - 1) / n * W / s
         dV  -= zmg * mean_over_taps(dV)
@@ -74,6 +76,9 @@ class FusedCZMSGD(Optimizer):
         zmg: the share of each gradient slice's spatial mean that is removed, in [0, 1]. 0 turns
             it off, 1 keeps filters on the isocline. Default 0.85.
         luma: strength of the pull of `‖V[f]‖` to 1. Default 5e-4.
+        grad_norm: the norm that every filter's gradient by its direction gets, so that all turn by
+            about `lr * grad_norm` radians a step, as filters before a BatchNorm do (Kosson et al.,
+            arXiv 2305.17212). Default 0: gradients as they are; 0.1 for depthwise networks.
         exp_scale: exp-scale the filters. Default True.
         maximize: ascend instead of descend. Default False.
         backend: `"auto"`, `"cpu"`, `"cuda"`, `"triton"` or `"reference"`; `"auto"` obeys the
@@ -84,21 +89,19 @@ class FusedCZMSGD(Optimizer):
         capturable: keep the learning rate as a float32 tensor on the parameters' device,
             which a CUDA graph reads at every replay and a compiled step without compiling anew;
             schedulers update it in place. Default False. Any hyperparameter can be given as such.
-        differentiable: accepted for `torch.optim.SGD`'s sake; False.
-        foreach: accepted for `torch.optim.SGD`'s sake; None or False.
+        differentiable, foreach: accepted for `torch.optim.SGD`'s sake; False, and None or False.
         fused: True makes the step divide by a GradScaler's scale, and skip what is not finite, on
             the device, as `torch.optim.SGD(fused=True)` does. None or False leave both to the
             GradScaler, so that Lightning can clip and Accelerate sees which steps were skipped.
             The step is fused in any case. Default None.
 
-    Parameters may be DTensors, as `fully_shard` makes them: split along dimension 0 or not at all
-    where they are filters, anyhow else. Each rank steps its part, and nothing is communicated but
-    gradients that are placed otherwise than their parameters.
+    Parameters may be DTensors, as `fully_shard` makes them: filters split along dimension 0 or not
+    at all. Each rank steps its part; only gradients placed otherwise than theirs are communicated.
 
     Every group can set `lr, momentum, dampening, weight_decay, nesterov, maximize, zmg, luma,
-    exp_scale, master_weights` and `capturable`. The rows of a 2-d weight are filters only in a
-    group that itself sets `luma` or `exp_scale` (its key `min_filter_dim` is then 2, else 3;
-    `max_filter_dim` bounds them above).
+    grad_norm, exp_scale, master_weights` and `capturable`. The rows of a 2-d weight are filters in
+    a group that itself sets `luma` or `exp_scale` alone (its key `min_filter_dim` is then 2, else
+    3; `max_filter_dim` bounds them above).
     A bare `model.parameters()` has no modules to tell what is a filter: weights of transposed
     convolutions are treated as filters, tensors of shape (1, positions, width) and (channels, 1, 1)
     are not, and a warning names the shapes that may be either. `czm_param_groups` knows.
@@ -136,6 +139,7 @@ class FusedCZMSGD(Optimizer):
         *,
         zmg: float = 0.85,
         luma: float = 5e-4,
+        grad_norm: float = 0.0,
         exp_scale: bool = True,
         maximize: bool = False,
         backend: Literal["auto", "cpu", "cuda", "triton", "reference"] = "auto",
@@ -168,6 +172,7 @@ class FusedCZMSGD(Optimizer):
             "maximize": maximize,
             "zmg": zmg,
             "luma": luma,
+            "grad_norm": grad_norm,
             "exp_scale": exp_scale,
             "master_weights": master_weights,
             "capturable": capturable,
@@ -230,10 +235,8 @@ class FusedCZMSGD(Optimizer):
             self._has_dtensors |= any(map(sharding.is_dtensor, group["params"]))
             group.setdefault("min_filter_dim", 3)
             group.setdefault("max_filter_dim", None)
-            for name, value in self.defaults.items():
+            for name, value in {**_NEWER_THAN_SOME_PICKLES, **self.defaults}.items():
                 group.setdefault(name, value)
-            group.setdefault("capturable", False)
-            group.setdefault("master_weights", False)
             make_capturable(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def groups_of(model, lr):
 )
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dampening": 0.5, "weight_decay": 0.1}, {"capturable": True}],
+    [{}, {"dampening": 0.5, "weight_decay": 0.1, "grad_norm": 0.1}, {"capturable": True}],
     ids=["plain", "dampening", "capturable"],
 )
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")

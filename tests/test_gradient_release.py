@@ -36,7 +36,14 @@ def released(model, optimizer, steps, begin=0):
 @on_every_backend
 @pytest.mark.parametrize(
     "options",
-    [{}, {"nesterov": True}, {"dampening": 0.5, "luma": 0.1}, {"momentum": 0.0}, PLAIN],
+    [
+        {},
+        {"nesterov": True},
+        {"dampening": 0.5, "luma": 0.1},
+        {"grad_norm": 0.1},
+        {"momentum": 0.0},
+        PLAIN,
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

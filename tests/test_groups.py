@@ -89,7 +89,7 @@ def test_settings_are_what_the_method_needs_and_nothing_else():
         {"exp_scale": True, "zmg": 0.0},
         {"exp_scale": True},
         {"exp_scale": True, "zmg": 0.0},
-        {"exp_scale": False, "zmg": 0.0, "luma": 0.0, "max_filter_dim": 2},
+        {"exp_scale": False, "zmg": 0.0, "luma": 0.0, "grad_norm": 0.0, "max_filter_dim": 2},
     ]
 
 

@@ -243,8 +243,8 @@ def test_hyper_parameters_edited_between_steps_act():
     model, twin = network(), network()
     ours = FusedCZMSGD(model.parameters(), lr=0.1, **PLAIN, backend="reference")
     for edit in (
-        {"zmg": 0.85}, {"luma": 0.5}, {"momentum": 0.9}, {"exp_scale": True}, {"lr": 0.01},
-        {"nesterov": True}, {"nesterov": False, "dampening": 0.5}, {"momentum": 0.0},
+        {"zmg": 0.85}, {"luma": 0.5}, {"grad_norm": 0.1}, {"momentum": 0.9}, {"exp_scale": True},
+        {"lr": 0.01}, {"nesterov": True}, {"nesterov": False, "dampening": 0.5}, {"momentum": 0.0},
         {"exp_scale": False, "luma": 0.0}, {"momentum": 0.5, "zmg": 0.0}, {"maximize": True},
     ):
         ours.param_groups[0].update(edit)

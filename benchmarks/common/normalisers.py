@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from czm_fused import FusedCZMSGD, czm_init_, czm_param_groups, normalize_gradients_
+from czm_fused import FusedCZMSGD, czm_init_, czm_param_groups
 from czm_fused.functional import add_relu_noise
 
 CLASSES = 10
@@ -109,7 +109,7 @@ class Provider:
         clip: factor of adaptive gradient clipping; 0 for none.
         center_every: steps from one call of `center_` to the next; 0 for none. Such a network
             starts with scales measured on a batch, and its gradients are bounded.
-        grad_norm: of `normalize_gradients_`, with weight decay in place of LUMA; 0: with `center_`,
+        grad_norm: of `FusedCZMSGD`, with weight decay in place of LUMA; 0: with `center_`,
             gradients are clipped instead.
         compiled: run under `torch.compile`.
         rates: learning rates to choose from.
@@ -278,16 +278,16 @@ def make_optimizer(model: nn.Module, provider: str, lr: float) -> torch.optim.Op
             model.parameters(), lr, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
         )
     overrides = {} if chosen.center_every else {"rest": {"lr": lr / 4}}
-    decay = {}
+    settings = {}
     if chosen.grad_norm:
         overrides = {"bias": {"lr": lr / 10}}
-        decay = {"weight_decay": 5e-3, "luma": 0.0}
+        settings = {"grad_norm": chosen.grad_norm, "weight_decay": 5e-3, "luma": 0.0}
     groups = czm_param_groups(model, stem="0.0", overrides=overrides)
-    return FusedCZMSGD(groups, lr, MOMENTUM, zmg=chosen.czm, **decay)
+    return FusedCZMSGD(groups, lr, MOMENTUM, zmg=chosen.czm, **settings)
 
 
-def improve_gradients(model: nn.Module, provider: str) -> None:
-    """Clip or normalise the gradients, as the provider does."""
+def clip_gradients(model: nn.Module, provider: str) -> None:
+    """Clip the gradients, if the provider does."""
     chosen = PROVIDERS[provider]
     if chosen.clip:
         from timm.utils.agc import adaptive_clip_grad
@@ -295,7 +295,5 @@ def improve_gradients(model: nn.Module, provider: str) -> None:
         # The classifier is not clipped (Brock et al., arXiv 2102.06171, section 4.1).
         assert isinstance(model, nn.Sequential)
         adaptive_clip_grad(model[:-1].parameters(), clip_factor=chosen.clip)
-    elif chosen.grad_norm:
-        normalize_gradients_(model, norm=chosen.grad_norm)
-    elif chosen.center_every:
+    elif chosen.center_every and not chosen.grad_norm:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from czm_fused import FusedCZMSGD, center_, convert, czm_param_groups, normalize_gradients_
+from czm_fused import FusedCZMSGD, center_, convert, czm_param_groups
 from czm_fused.calibration import TARGET
 
 from .data import Images
@@ -36,7 +36,7 @@ class Settings:
         warmup: steps of linear warm-up (czm).
         zmg, luma, weight_decay: of `FusedCZMSGD`.
         center_every: steps from one call of `center_` to the next (czm); 0: none.
-        norm: of `normalize_gradients_` (czm); 0: none.
+        norm: `grad_norm` of `FusedCZMSGD`.
         clip: bound of the norm of all gradients (czm), without `norm`; 0: none.
         gain, zero_mean, noise: of `convert`.
         target: of `convert`, without `gain`.
@@ -92,17 +92,19 @@ def optimizer_of(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
         overrides["bias"] = {"lr": s.bias_rate * s.lr}
     groups = czm_param_groups(model, overrides=overrides)
     return FusedCZMSGD(
-        groups, lr=s.lr, momentum=0.9, zmg=s.zmg, luma=s.luma, weight_decay=s.weight_decay
+        groups,
+        lr=s.lr,
+        momentum=0.9,
+        zmg=s.zmg,
+        luma=s.luma,
+        grad_norm=s.norm,
+        weight_decay=s.weight_decay,
     )
 
 
-def improve_gradients(model: nn.Module, s: Settings) -> None:
-    """Normalise or clip the gradients, as the settings ask; a BatchNorm network's stay."""
-    if s.method == "bn":
-        return
-    if s.norm:
-        normalize_gradients_(model, norm=s.norm)
-    elif s.clip:
+def clip_gradients(model: nn.Module, s: Settings) -> None:
+    """Clip the gradients as the settings ask; a BatchNorm network's stay."""
+    if s.method == "czm" and s.clip and not s.norm:
         nn.utils.clip_grad_norm_(model.parameters(), s.clip)
 
 
@@ -139,7 +141,7 @@ def train(s: Settings, data: Path) -> dict[str, Any]:
         loss = F.cross_entropy(output.float(), y)
         optimizer.zero_grad()
         loss.backward()
-        improve_gradients(model, s)
+        clip_gradients(model, s)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())

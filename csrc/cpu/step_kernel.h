@@ -1,7 +1,7 @@
 // The fused step over a range of work, for the instruction set that the including file selects.
 //
-// A filter is read twice: once for <W, W> and <dW, W>, and, while it is still in the cache, once for
-// the update. CZMG needs the sum over taps of dV alone, and dV is at hand in the second pass.
+// A filter is read twice: once for its sums, and, while it is still in the cache, once for the
+// update. CZMG needs the sum over taps of dV alone, and dV is at hand in the second pass.
 #pragma once
 
 #include <cstdint>
@@ -95,11 +95,6 @@ inline void store_first_weight(const Filter<Stored>& filter, int64_t i, T weight
   }
 }
 
-template <class opmath_t> struct Reductions {
-  opmath_t weight_weight;
-  opmath_t grad_weight;
-};
-
 // The momentum that the second pass needs, fetched by the first, whose own numbers are in the cache.
 template <class Stored>
 CZM_PREFETCHES void prefetch_momentum(const Filter<Stored>& filter, int64_t i) {
@@ -107,38 +102,50 @@ CZM_PREFETCHES void prefetch_momentum(const Filter<Stored>& filter, int64_t i) {
   if (filter.momentum) __builtin_prefetch(filter.momentum + i + ahead, 1, 3);
 }
 
-template <class Stored>
-Reductions<opmath_type<Stored>> reduce(const Filter<Stored>& filter) {
+// <dW, dW>, which few trainings need, only if `with_grad_grad`.
+template <bool with_grad_grad, class T>
+inline void add_products(FilterSums<T>& sums, T weight, T grad) {
+  sums.weight_weight = multiply_add(weight, weight, sums.weight_weight);
+  sums.grad_weight = multiply_add(grad, weight, sums.grad_weight);
+  if constexpr (with_grad_grad) sums.grad_grad = multiply_add(grad, grad, sums.grad_grad);
+}
+
+template <bool with_grad_grad, class Stored>
+FilterSums<opmath_type<Stored>> sum_products(const Filter<Stored>& filter) {
   using opmath_t = opmath_type<Stored>;
   constexpr int lanes = kLanes<opmath_t>;
-  double weight_weight = 0, grad_weight = 0;
+  FilterSums<double> totals{};
   for (int64_t begin = 0; begin < filter.numel; begin += kSumBlock) {
     const int64_t end = begin + kSumBlock < filter.numel ? begin + kSumBlock : filter.numel;
-    Vector<opmath_t> ww[4] = {}, gw[4] = {};
+    FilterSums<Vector<opmath_t>> sums[4] = {};
     int64_t i = begin;
     for (; i + 4 * lanes <= end; i += 4 * lanes) {
       for (int k = 0; k < 4; ++k) {
         prefetch_momentum(filter, i + k * lanes);
-        const Vector<opmath_t> w = load_weight(filter, i + k * lanes);
-        ww[k] = multiply_add(w, w, ww[k]);
-        gw[k] = multiply_add(load(filter.grad + i + k * lanes), w, gw[k]);
+        add_products<with_grad_grad>(sums[k], load_weight(filter, i + k * lanes),
+                                     load(filter.grad + i + k * lanes));
       }
     }
     for (; i + lanes <= end; i += lanes) {
       prefetch_momentum(filter, i);
-      const Vector<opmath_t> w = load_weight(filter, i);
-      ww[0] = multiply_add(w, w, ww[0]);
-      gw[0] = multiply_add(load(filter.grad + i), w, gw[0]);
+      add_products<with_grad_grad>(sums[0], load_weight(filter, i), load(filter.grad + i));
     }
     if (i < end) {
-      const Vector<opmath_t> w = load_first_weight(filter, i, end - i);
-      ww[1] = multiply_add(w, w, ww[1]);
-      gw[1] = multiply_add(load_first(filter.grad + i, end - i), w, gw[1]);
+      add_products<with_grad_grad>(sums[1], load_first_weight(filter, i, end - i),
+                                   load_first(filter.grad + i, end - i));
     }
-    weight_weight += sum_lanes<opmath_t>((ww[0] + ww[1]) + (ww[2] + ww[3]));
-    grad_weight += sum_lanes<opmath_t>((gw[0] + gw[1]) + (gw[2] + gw[3]));
+    const auto& [a, b, c, d] = sums;
+    totals.weight_weight += sum_lanes<opmath_t>((a.weight_weight + b.weight_weight) +
+                                                (c.weight_weight + d.weight_weight));
+    totals.grad_weight += sum_lanes<opmath_t>((a.grad_weight + b.grad_weight) +
+                                              (c.grad_weight + d.grad_weight));
+    if constexpr (with_grad_grad) {
+      totals.grad_grad += sum_lanes<opmath_t>((a.grad_grad + b.grad_grad) +
+                                              (c.grad_grad + d.grad_grad));
+    }
   }
-  return {static_cast<opmath_t>(weight_weight), static_cast<opmath_t>(grad_weight)};
+  return {static_cast<opmath_t>(totals.weight_weight), static_cast<opmath_t>(totals.grad_weight),
+          static_cast<opmath_t>(totals.grad_grad)};
 }
 
 template <class Stored>
@@ -312,15 +319,17 @@ void update_filter(const Filter<Stored>& filter, const TensorDescriptor& row,
                    const HyperParameters<opmath_type<Stored>>& hyper, int64_t number) {
   using opmath_t = opmath_type<Stored>;
   using T = Vector<opmath_t>;
-  Reductions<opmath_t> sums{};
-  if (row.needs_norms) sums = reduce(filter);
+  FilterSums<opmath_t> sums{};
+  if (row.needs_norms) {
+    sums = hyper.grad_norm > 0 ? sum_products<true>(filter) : sum_products<false>(filter);
+  }
   opmath_t* log_scale = row.log_scale ? reinterpret_cast<opmath_t*>(row.log_scale) + number : nullptr;
   opmath_t* log_scale_momentum =
       row.log_scale_momentum_buffer
           ? reinterpret_cast<opmath_t*>(row.log_scale_momentum_buffer) + number
           : nullptr;
   const FilterRule<T> rule = broadcast_rule(filter_rule(
-      hyper, sums.weight_weight, sums.grad_weight, row.taps, log_scale, log_scale_momentum));
+      hyper, sums, row.taps, log_scale, log_scale_momentum));
   if (rule.mean[0] == 0) {
     update_with_mean(filter, rule, T{});
   } else if (row.channels_last) {

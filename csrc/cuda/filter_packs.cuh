@@ -80,15 +80,19 @@ template <int size, class T> __device__ __forceinline__ Pack<T, size> load_share
   return pack;
 }
 
+// <W, W>, <dW, W> and <dW, dW>.
+constexpr int kSums = 3;
+
 template <class Stored, int size>
-__device__ __forceinline__ void add_products(opmath_type<Stored> (&sums)[2],
+__device__ __forceinline__ void add_products(opmath_type<Stored> (&sums)[kSums],
                                              const Pack<opmath_type<Stored>, size>& weight,
                                              const Pack<Stored, size>& grad) {
 #pragma unroll
   for (int j = 0; j < size; ++j) {
-    const opmath_type<Stored> w = weight.values[j];
+    const opmath_type<Stored> w = weight.values[j], dw = to_opmath(grad.values[j]);
     sums[0] = multiply_add(w, w, sums[0]);
-    sums[1] = multiply_add(opmath_type<Stored>(to_opmath(grad.values[j])), w, sums[1]);
+    sums[1] = multiply_add(dw, w, sums[1]);
+    sums[2] = multiply_add(dw, dw, sums[2]);
   }
 }
 

@@ -79,7 +79,7 @@ class RegisterFilter {
     }
   }
 
-  __device__ __forceinline__ void add_products_to(T (&sums)[2]) const {
+  __device__ __forceinline__ void add_products_to(T (&sums)[kSums]) const {
 #pragma unroll
     for (int k = 0; k < packs; ++k) add_products(sums, weight_[k], pack_of<Stored>(grad_[k]));
   }

@@ -37,9 +37,9 @@ template <class Stored, BlockSize block> struct BlockTraits {
   using InRegisters = RegisterFilter<Stored, kPacks, kIsSmall && sizeof(Stored) == 4, Contiguous, !kIsSmall>;
   using InTiles = RegisterFilter<Stored, kIsHalf ? 2 : 4, false, TilePlace, true>;
   using T = opmath_type<Stored>;
-  // A number for each weight that a block holds, and two for each warp.
+  // A number for each weight that a block holds, and the sums of each warp.
   static constexpr int kSharedBytes =
-      (kThreads * InRegisters::kWeights + 2 * kThreads / kWarp) * int(sizeof(T));
+      (kThreads * InRegisters::kWeights + kSums * kThreads / kWarp) * int(sizeof(T));
 };
 
 // The numbers of a warp's group and its tensor, wherever they live: one in each lane until they are needed,
@@ -109,13 +109,14 @@ template <class T> class RuleMaker {
     if (log_scale_momentum_) g_momentum_ = *log_scale_momentum_;
   }
 
-  // `sums` are the thread group's <W, W> and <dW, W>.
+  // `products` are summed over the thread group.
   __device__ __forceinline__ FilterRule<T> operator()(const HyperParameters<T>& hyper,
-                                                      const T (&sums)[2], bool writes) {
+                                                      const T (&products)[kSums], bool writes) {
+    const FilterSums<T> sums{products[0], products[1], products[2]};
     if (!has_log_scale_) {
-      return filter_rule<T>(hyper, sums[0], sums[1], taps_, nullptr, nullptr);
+      return filter_rule<T>(hyper, sums, taps_, nullptr, nullptr);
     }
-    const FilterRule<T> rule = filter_rule(hyper, sums[0], sums[1], taps_, &g_, &g_momentum_);
+    const FilterRule<T> rule = filter_rule(hyper, sums, taps_, &g_, &g_momentum_);
     if (writes && log_scale_) *log_scale_ = g_;
     if (writes && log_scale_momentum_) *log_scale_momentum_ = g_momentum_;
     return rule;
@@ -155,7 +156,7 @@ __device__ __forceinline__ void run(const WorkItem& item, int64_t grad,
   const int first_thread = int(threadIdx.x) & ~(threads.size < kWarp ? kWarp - 1 : threads.size - 1);
   T* const its_shared = shared + first_thread * InRegisters::kWeights;
   T* const partial = shared + kThreads * InRegisters::kWeights;
-  T sums[2] = {};
+  T sums[kSums] = {};
   if constexpr (block == BlockSize::large) {
     if (filters.filter_numel > threads.size * InRegisters::kWeights) {
       const TiledFilter<Stored, typename Traits::InTiles> tiled(filters, its_shared, threads);

@@ -36,15 +36,14 @@ template <class Stored, class InRegisters> class TiledFilter {
         capacity_(threads.size * InRegisters::kWeights),
         channels_(filter.numel / filter.taps) {}
 
-  __device__ __forceinline__ void add_products_to(T (&sums)[2]) const {
-    double totals[2] = {};
+  __device__ __forceinline__ void add_products_to(T (&sums)[kSums]) const {
+    double totals[kSums] = {};
     if (in_packs() && are_aligned(filter_.weight, filter_.grad, filter_.remainder)) {
       add_products_of_packs<kWidest<Stored>>(totals);
     } else {
       add_products_of_packs<1>(totals);
     }
-    sums[0] += T(totals[0]);
-    sums[1] += T(totals[1]);
+    for (int k = 0; k < kSums; ++k) sums[k] += T(totals[k]);
   }
 
   // Gradients are left as they are where `inverse_scale` is 0. `partial` is shared memory as
@@ -98,13 +97,12 @@ template <class Stored, class InRegisters> class TiledFilter {
     return weight;
   }
 
-  template <int size> __device__ __forceinline__ void add_products_of_packs(double (&totals)[2]) const {
+  template <int size> __device__ __forceinline__ void add_products_of_packs(double (&totals)[kSums]) const {
 #pragma unroll 4
     for (int64_t i = threads_.rank * size; i < filter_.numel; i += threads_.size * size) {
-      T products[2] = {};
+      T products[kSums] = {};
       add_products(products, load_weight<size>(i), load_global<size>(filter_.grad + i));
-      totals[0] += products[0];
-      totals[1] += products[1];
+      for (int k = 0; k < kSums; ++k) totals[k] += products[k];
     }
   }
 

@@ -98,7 +98,7 @@ def check_placements(number: int, param: Tensor, has_filters: bool) -> None:
         raise ValueError(
             f"parameter {number} has placements {param.placements}, but each rank must hold whole "
             "filters: place it by Shard(0) or Replicate(), as fully_shard does without a "
-            "shard_placement_fn, or set exp_scale=False, zmg=0 and luma=0 in its group"
+            "shard_placement_fn, or set exp_scale=False, zmg=0, luma=0 and grad_norm=0 in its group"
         )
 
 

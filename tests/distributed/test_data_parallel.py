@@ -6,7 +6,7 @@ from ranks import RANKS, on_both_ranks
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from czm_fused import FusedCZMSGD, center_, czm_param_groups, normalize_gradients_
+from czm_fused import FusedCZMSGD, center_, czm_param_groups
 from small_training import assert_equal
 
 pytest.importorskip("torch.distributed.tensor", exc_type=ImportError)
@@ -194,19 +194,16 @@ def test_centered_and_normalized_gradients():
             for layer in (model[0], model[2], model):
                 fully_shard(layer)
         parallel = model if shard else DistributedDataParallel(model)
-        optimizer, plain = optimizer_of(parallel), optimizer_of(single)
+        optimizer, plain = (optimizer_of(each, grad_norm=0.1) for each in (parallel, single))
         for step in range(STEPS):
             x = batch(step)
             # Each rank measures its own half: the mean of the means is that of the whole batch.
             center_(parallel, own_part(x))
             center_(single, x)
-            for module, run, each, part in (
-                (model, parallel, optimizer, own_part(x)),
-                (single, single, plain, x),
-            ):
+            runs = (parallel, optimizer, own_part(x)), (single, plain, x)
+            for run, each, part in runs:
                 each.zero_grad()
                 loss_of(run, part).backward()
-                normalize_gradients_(module)
                 each.step()
         assert_near(model, single)
         for each, other in ((model[0], single[0]), (model[2], single[2])):

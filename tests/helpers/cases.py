@@ -31,6 +31,7 @@ class Options:
     maximize: bool = False
     zmg: float = 0.85
     luma: float = 5e-4
+    grad_norm: float = 0.0
     exp_scale: bool = True
 
     def row(self) -> list[float]:
@@ -89,6 +90,7 @@ class Case:
             | StepFlag.EXP_SCALE * (is_filter and options.exp_scale)
             | StepFlag.ZERO_MEAN * (is_filter and options.zmg != 0)
             | StepFlag.ANCHOR * (is_filter and options.luma != 0)
+            | StepFlag.GRAD_NORM * (is_filter and options.grad_norm != 0)
             | StepFlag.DAMPENING * (options.momentum != 0 and options.dampening != 0)
             | StepFlag.MASTER_WEIGHTS * self.master_weights
         )
@@ -137,8 +139,26 @@ OPTION_CASES = [
     for zmg in (0.0, 0.85, 1.0)
     for luma in (0.0, 5e-4, 10.0)
     for exp_scale in (False, True)
+] + [
+    Case(
+        (2, 17, 3, 3),
+        options=Options(
+            **sgd,
+            weight_decay=0.1,
+            maximize=maximize,
+            zmg=zmg,
+            luma=luma,
+            grad_norm=0.1,
+            exp_scale=exp_scale,
+        ),
+    )
+    for sgd in _SGD_OPTIONS
+    for maximize in (False, True)
+    for zmg, luma in ((0.0, 0.0), (0.85, 5e-4))
+    for exp_scale in (False, True)
 ]
 
+NORM = Options(grad_norm=0.1)
 OTHER_CASES = [
     # One filter, and depthwise ones.
     Case((1, 5, 3, 3)),
@@ -203,6 +223,20 @@ OTHER_CASES = [
         )
         for dtype in (torch.bfloat16, torch.float16)
     ),
+    # Gradients of a given norm: of filters with and without a vector's remainder, of rows, and of
+    # what is no filter.
+    *(
+        Case((3, channels, *kernel), dtype, layout, options=NORM, offset=offset)
+        for channels, kernel, offset in ((1, (3, 3), 0), (17, (3, 3), 1), (64, (1, 1), 0))
+        for dtype in DTYPES
+        for layout in ("contiguous", "channels_last")
+    ),
+    *(
+        Case((3, 17, 3, 3), dtype, options=NORM, master_weights=True)
+        for dtype in (torch.bfloat16, torch.float16)
+    ),
+    Case((5, 300), options=replace(PLAIN, grad_norm=2.0)),
+    Case((40,), options=replace(PLAIN, grad_norm=2.0)),
     # Misaligned memory.
     *(
         Case((3, 17, *kernel), dtype, layout, options=options, offset=offset)
@@ -254,6 +288,12 @@ PATH_CASES = {
     "tiles of single weights": Case((1, 2301, 3, 3), layout="channels_last"),
     "long channels": Case((1, 4, 5121)),
     "plain": Case((5121,), options=PLAIN),
+}
+
+PATH_CASES |= {
+    f"{name}, of a given norm": replace(case, options=replace(case.options, grad_norm=0.1))
+    for name, case in PATH_CASES.items()
+    if name != "plain"
 }
 
 # A program takes Triton's interpreter a tenth of a second.

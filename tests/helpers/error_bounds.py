@@ -27,6 +27,7 @@ def error_bounds(
     - `exp(g)` adds `4 + |g|`: an exponential through base 2 rounds its argument;
     - a sum of N terms adds `2 sqrt(N)`, as any sum in blocks does; a sum over the taps, in any
       order, `taps`;
+    - the factor of `grad_norm` has half the errors of two sums of N squares, and 6 roundings;
     - `(n - 1) / n` loses nothing but what `n` has lost, of terms of size `1 + 1 / n`;
     - an output of a half dtype is rounded once more, by half of that dtype's eps (or of its least
       subnormal), but a parameter with a remainder only by the latter.
@@ -49,8 +50,13 @@ def error_bounds(
     sum_error = 2 * math.sqrt(numel)
 
     grad = x["grad"].abs() / grad_scale
+    factor_error = 0.0
+    if is_filter and options.grad_norm != 0:
+        norms = per_filter(reference.filter_norms(x["param"]) * reference.filter_norms(grad))
+        grad = torch.where(norms > 0, options.grad_norm / norms, 1) * grad
+        factor_error = sum_error + 6
     size = scale * grad
-    error = eps * (exp_error + 3) * size
+    error = eps * (exp_error + 3 + factor_error) * size
     if is_filter and options.luma != 0:
         norms = per_filter(reference.filter_norms(x["param"])) / scale
         anchor = 2 * options.luma * weight / scale
@@ -89,7 +95,7 @@ def error_bounds(
     g_error = torch.zeros_like(g)
     if "log_scale" in x:
         dg_size = per_filter((grad * weight).flatten(1).sum(dim=1))
-        dg_error = eps * (sum_error + 4) * dg_size
+        dg_error = eps * (sum_error + 4 + factor_error) * dg_size
         buffer = "log_scale_momentum_buffer"
         if buffer in x:
             x[buffer] = per_filter(x[buffer])

@@ -127,6 +127,7 @@ class Problem:
             maximize=options.maximize,
             zmg=options.zmg if is_filter else 0.0,
             luma=options.luma if is_filter else 0.0,
+            grad_norm=options.grad_norm if is_filter else 0.0,
         )
         return {name: values[name] for name in self.OUTPUTS if name in values}
 

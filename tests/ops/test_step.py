@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from czm_fused.ops.step.spec import HYPERPARAMETER_NAMES
 from helpers.cases import (
     DTYPES,
     GROUP_CASES,
@@ -142,7 +143,7 @@ def test_step_of_many_groups_and_dtypes_in_one_call(backend):
 
 @on_native_backends
 def test_step_of_no_tensors(backend):
-    hyperparameters = torch.zeros(1, 8, dtype=torch.float64)
+    hyperparameters = torch.zeros(1, len(HYPERPARAMETER_NAMES), dtype=torch.float64)
     backend.step([[], [], [], [], [], [], [], [], [], hyperparameters, backend.backend])
 
 
@@ -166,6 +167,7 @@ def test_step_of_any_shape(backend, data):
             weight_decay=draw(st.sampled_from((0.0, 0.1))),
             zmg=draw(st.floats(0, 1)),
             luma=draw(st.sampled_from((0.0, 5e-4, 1.0))),
+            grad_norm=draw(st.sampled_from((0.0, 0.1))),
             exp_scale=draw(st.booleans()),
         ),
         offset=draw(st.integers(0, 5)),
@@ -364,7 +366,7 @@ def test_step_passes_opcheck(dtype, backend):
         (FLAGS, lambda x: x * 2, r"flags"),
         (GROUPS, lambda x: [7], r"group index 7"),
         (GROUPS, lambda x: [-1], r"group index -1"),
-        (HYPER, lambda x: x[:, :5], r"hyperparameters .*8"),
+        (HYPER, lambda x: x[:, :5], r"hyperparameters .*9"),
     ],
 )
 def test_what_does_not_fit_is_refused(index, change, message, backend):

@@ -56,8 +56,8 @@ class PtxCudaStep(StepMemory, CudaStep):
             {"work_items": launch.table.send(launch.words)},
             threads,
             arguments.blocks,
-            # A number for each weight that a block holds, and two for each warp.
-            (threads * size.held(arguments.has_large_blocks) + 2 * threads // 32)
+            # A number for each weight that a block holds, and three sums of each warp.
+            (threads * size.held(arguments.has_large_blocks) + 3 * threads // 32)
             * size.compute_itemsize,
         )
 

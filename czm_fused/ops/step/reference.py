@@ -94,11 +94,13 @@ def step_(
     maximize: bool = False,
     zmg: float | Tensor = 0.0,
     luma: float | Tensor = 0.0,
+    grad_norm: float | Tensor = 0.0,
 ) -> None:
     """Update one parameter and its state in place by one step of the paper's optimizer.
 
     With `V = W / exp(g)`, for every filter (§3.1, §3.3, §3.4)::
 
+        dW = grad_norm / (‖W‖ * ‖dW‖) * dW                   unless grad_norm is 0
         dV = exp(g) * dW + d/dV luma * (‖V‖ - 1)²,    dg = <dW, W>
         dV = dV - zmg * mean_over_taps(dV) + weight_decay * V
         m  = momentum * m + (1 - dampening) * dV,     V = V - lr * m
@@ -107,7 +109,7 @@ def step_(
 
     Args:
         param: `W`, `(out_channels, in_channels / groups, *kernel_size)`; any shape if nothing but
-            plain momentum SGD is asked of it (`log_scale` None, `zmg` and `luma` 0).
+            plain momentum SGD is asked of it (`log_scale` None, `zmg`, `luma` and `grad_norm` 0).
         grad: `dW`, of the same shape.
         momentum_buffer: `m`, of the same shape, or None without momentum.
         log_scale: `g`, `(out_channels,)`, or None for filters that are not exp-scaled.
@@ -120,6 +122,11 @@ def step_(
         weight = exact_param(param, param_remainder)
     if maximize:
         dweight = -dweight
+    if _nonzero(grad_norm):
+        norms = filter_norms(weight) * filter_norms(dweight)
+        # A filter of zeros has no direction, and a gradient of zeros no norm.
+        has_norm = (torch.as_tensor(grad_norm) > 0) & (norms > 0)
+        dweight = dweight * _per_filter(torch.where(has_norm, grad_norm / norms, 1.0), dweight)
 
     direction, direction_grad = weight, dweight
     if log_scale is not None:
@@ -222,4 +229,6 @@ def _options_of(
         options["zmg"] = 0.0
     if not flags & StepFlag.ANCHOR:
         options["luma"] = 0.0
+    if not flags & StepFlag.GRAD_NORM:
+        options["grad_norm"] = 0.0
     return {**options, "nesterov": bool(group["nesterov"]), "maximize": bool(group["maximize"])}

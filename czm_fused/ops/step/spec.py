@@ -24,10 +24,13 @@ class StepFlag(enum.IntFlag):
     ANCHOR = 8
     DAMPENING = 16
     MASTER_WEIGHTS = 32
+    GRAD_NORM = 64
 
 
 # A tensor with one of these is stepped filter by filter.
-FILTER_FLAGS = StepFlag.EXP_SCALE | StepFlag.ZERO_MEAN | StepFlag.ANCHOR
+FILTER_FLAGS = StepFlag.EXP_SCALE | StepFlag.ZERO_MEAN | StepFlag.ANCHOR | StepFlag.GRAD_NORM
+# And with one of these, by sums over the filter.
+NORM_FLAGS = StepFlag.EXP_SCALE | StepFlag.ANCHOR | StepFlag.GRAD_NORM
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ HYPERPARAMETERS = (
     Hyperparameter("weight_decay", *_NOT_NEGATIVE),
     Hyperparameter("zmg", *_FRACTION, StepFlag.ZERO_MEAN),
     Hyperparameter("luma", *_NOT_NEGATIVE, StepFlag.ANCHOR),
+    Hyperparameter("grad_norm", *_NOT_NEGATIVE, StepFlag.GRAD_NORM),
     Hyperparameter("nesterov", *_SWITCH),
     Hyperparameter("maximize", *_SWITCH),
 )

@@ -36,7 +36,7 @@ _OPTION_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("min_filter_dim", (int,), "a number of dimensions"),
     ("max_filter_dim", (int, type(None)), "a number of dimensions or None"),
 )
-_FILTERS_ONLY = StepFlag.ZERO_MEAN | StepFlag.ANCHOR
+_FILTERS_ONLY = StepFlag.ZERO_MEAN | StepFlag.ANCHOR | StepFlag.GRAD_NORM
 
 
 def is_on_device(value: object) -> bool:
@@ -135,7 +135,7 @@ def check_is_real(number: int, param: Tensor, flags: StepFlag) -> None:
     if param.is_complex() and flags & FILTER_FLAGS:
         raise TypeError(
             f"parameter {number} is {param.dtype}, but filters must be real; set exp_scale=False, "
-            "zmg=0 and luma=0 in its group"
+            "zmg=0, luma=0 and grad_norm=0 in its group"
         )
     if param.is_conj():
         raise TypeError(

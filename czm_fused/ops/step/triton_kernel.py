@@ -2,7 +2,7 @@
 
 A filter is taken in tiles of TILE weights, each the taps of `tile_channels` channels. A filter of a
 few tiles is loaded as a whole, W, dW and m at once, and held in registers until it is stored: each
-weight is read once. A longer one is read twice, for <W, W> and <dW, W>, then for the update.
+weight is read once. A longer one is read twice, for the sums over it, then for the update.
 
 A program reads what it does from one work item, and waits for nothing else before it asks for the
 weights of a filter in registers: the gradient's address and the hyperparameters follow, and what a
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from czm_fused.ops.step.spec import ADDRESSES, HYPERPARAMETER_NAMES
-from czm_fused.ops.step.triton_rule import filter_rule, hyperparameters
+from czm_fused.ops.step.triton_rule import FilterSums, filter_rule, hyperparameters
 from czm_fused.ops.triton_utils import multiple, read
 
 # A work item says what one program does: int64 fields, then int32 fields. See `triton.py`.
@@ -250,18 +250,23 @@ def _read_sources(filter, sources, grad_scale, found_inf, REAL: tl.constexpr):
 
 
 @triton.jit
-def _new_rule(filter, scale, hyper, writes, weight_weight, grad_weight, REAL: tl.constexpr):
-    """The rule of the filter, from each thread's sums over weights; updates its log-scale."""
+def _totals(filter, weight_weight, grad_weight, REAL: tl.constexpr):
+    """<W, W> and <dW, W>, from each thread's sums over weights."""
     # Zeros where the rule does not need them.
     total_weight_weight = tl.full([], 0.0, REAL)
     total_grad_weight = tl.full([], 0.0, REAL)
     if filter.needs_norms:
         total_weight_weight = tl.sum(weight_weight, axis=0)
         total_grad_weight = tl.sum(grad_weight, axis=0)
+    return total_weight_weight, total_grad_weight
+
+
+@triton.jit
+def _new_rule(filter, scale, hyper, writes, sums, REAL: tl.constexpr):
+    """The rule of the filter, from the sums over it; updates its log-scale."""
     rule, new_g, new_g_momentum = filter_rule(
-        hyper, total_weight_weight, total_grad_weight, filter.taps, scale.log_scale != 0, scale.g,
-        scale.g_momentum, REAL,
-    )  # fmt: skip
+        hyper, sums, filter.taps, scale.log_scale != 0, scale.g, scale.g_momentum, REAL
+    )
     # All threads have read g before the barrier of the reductions, and one writes it after that.
     log_scales = scale.log_scale.to(tl.pointer_type(REAL))
     momenta = scale.momentum.to(tl.pointer_type(REAL))
@@ -294,7 +299,16 @@ def _step_held(
         weight, _ = held[number]
         weight_weight = tl.fma(weight, weight, weight_weight)
         grad_weight = tl.fma(grads[number], weight, grad_weight)
-    rule = _new_rule(filter, scale, hyper, writes, weight_weight, grad_weight, REAL)
+    weight_weight, grad_weight = _totals(filter, weight_weight, grad_weight, REAL)
+    # After the others, whose registers are free again.
+    grad_grad = tl.full([], 0.0, REAL)
+    if filter.needs_norms & (hyper.grad_norm > 0):
+        squares = tl.zeros([TILE], REAL)
+        for number in tl.static_range(TILES):
+            squares = tl.fma(grads[number], grads[number], squares)
+        grad_grad = tl.sum(squares, axis=0)
+    sums = FilterSums(weight_weight=weight_weight, grad_weight=grad_weight, grad_grad=grad_grad)
+    rule = _new_rule(filter, scale, hyper, writes, sums, REAL)
     # The compiler does not see that this is 0, so it computes addresses again, where it would keep
     # those of every tile in registers.
     zero = (rule.keep < 0).to(tl.int32)
@@ -313,7 +327,7 @@ def _step_streamed(
     filter, sources, grad_scale, found_inf, DTYPE: tl.constexpr, REAL: tl.constexpr,
     SPLIT: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Step a filter of any size, which is read twice."""
+    """Step a filter of any size, which is read twice, and for `grad_norm` dW once more."""
     weight_weight = tl.zeros([TILE], REAL)
     grad_weight = tl.zeros([TILE], REAL)
     end = multiple(tl.where(filter.needs_norms, filter.numel, 0), VECTOR)
@@ -328,7 +342,18 @@ def _step_streamed(
         grad_weight = tl.fma(grad, weight, grad_weight)
         begin += TILE
     hyper, scale, writes = _read_sources(filter, sources, grad_scale, found_inf, REAL)
-    rule = _new_rule(filter, scale, hyper, writes, weight_weight, grad_weight, REAL)
+    weight_weight, grad_weight = _totals(filter, weight_weight, grad_weight, REAL)
+    squares = tl.zeros([TILE], REAL)
+    begin = multiple(tl.where(hyper.grad_norm > 0, 0, end), VECTOR)
+    while begin < end:
+        offsets = begin + tl.arange(0, TILE)
+        grads = _grad_pointer(sources, DTYPE, VECTOR)
+        grad = read(grads, offsets, offsets < end, VECTOR).to(REAL)
+        squares = tl.fma(grad, grad, squares)
+        begin += TILE
+    grad_grad = tl.sum(squares, axis=0)
+    sums = FilterSums(weight_weight=weight_weight, grad_weight=grad_weight, grad_grad=grad_grad)
+    rule = _new_rule(filter, scale, hyper, writes, sums, REAL)
 
     grads = _grad_pointer(sources, DTYPE, VECTOR)
     first = filter.channels * 0

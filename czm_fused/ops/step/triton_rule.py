@@ -18,6 +18,7 @@ _DAMPENING = tl.constexpr(HYPERPARAMETER_NAMES.index("dampening"))
 _WEIGHT_DECAY = tl.constexpr(HYPERPARAMETER_NAMES.index("weight_decay"))
 _ZMG = tl.constexpr(HYPERPARAMETER_NAMES.index("zmg"))
 _LUMA = tl.constexpr(HYPERPARAMETER_NAMES.index("luma"))
+_GRAD_NORM = tl.constexpr(HYPERPARAMETER_NAMES.index("grad_norm"))
 _NESTEROV = tl.constexpr(HYPERPARAMETER_NAMES.index("nesterov"))
 _MAXIMIZE = tl.constexpr(HYPERPARAMETER_NAMES.index("maximize"))
 
@@ -31,8 +32,17 @@ class Hyperparameters(NamedTuple):
     weight_decay: tl.tensor
     zmg: tl.tensor
     luma: tl.tensor
+    grad_norm: tl.tensor
     nesterov: tl.tensor
     grad_factor: tl.tensor  # the sign of maximize over the scale of GradScaler
+
+
+class FilterSums(NamedTuple):
+    """The sums over a filter that its rule is made of; zeros for a tensor that needs none."""
+
+    weight_weight: tl.tensor  # <W, W>
+    grad_weight: tl.tensor  # <dW, W>
+    grad_grad: tl.tensor  # <dW, dW>
 
 
 class FilterRule(NamedTuple):
@@ -74,16 +84,23 @@ def hyperparameters(addresses, values, step, has_momentum, grad_scale, REAL: tl.
         weight_decay=_hyperparameter(addresses, values, _WEIGHT_DECAY, REAL),
         zmg=_hyperparameter(addresses, values, _ZMG, REAL),
         luma=_hyperparameter(addresses, values, _LUMA, REAL),
+        grad_norm=_hyperparameter(addresses, values, _GRAD_NORM, REAL),
         nesterov=_hyperparameter(addresses, values, _NESTEROV, REAL) != 0,
         grad_factor=grad_factor,
     )
 
 
 @triton.jit
-def filter_rule(
-    hyper, weight_weight, grad_weight, taps, exp_scaled, g, g_momentum, REAL: tl.constexpr
-):
-    """From <W, W> and <dW, W> to the rule of this filter, its new g, and the momentum of g."""
+def _grad_factor(hyper, sums):
+    norm = tl.sqrt(sums.weight_weight) * tl.sqrt(sums.grad_grad) * tl.abs(hyper.grad_factor)
+    has_norm = (hyper.grad_norm > 0) & (norm > 0)
+    factor = hyper.grad_factor * (hyper.grad_norm / tl.where(has_norm, norm, 1.0))
+    return tl.where(has_norm, factor, hyper.grad_factor)
+
+
+@triton.jit
+def filter_rule(hyper, sums, taps, exp_scaled, g, g_momentum, REAL: tl.constexpr):
+    """From the sums over a filter to its rule, its new g, and the momentum of g."""
     LARGEST: tl.constexpr = 1.7976931348623157e308 if REAL == tl.float64 else 3.4028234663852886e38
     SMALLEST_NORMAL: tl.constexpr = (
         2.2250738585072014e-308 if REAL == tl.float64 else 1.1754943508222875e-38
@@ -92,11 +109,12 @@ def filter_rule(
     # 0 where exp(g) is subnormal: the direction is lost, as csrc/update_rule.h says.
     is_normal = scale >= SMALLEST_NORMAL
     inverse_scale = tl.where(is_normal, 1.0 / tl.where(is_normal, scale, 1.0), 0.0)
-    norm = tl.sqrt(weight_weight) * inverse_scale
+    norm = tl.sqrt(sums.weight_weight) * inverse_scale
     # <W, W> underflows or overflows long before W does, and then the norm is not known.
     has_anchor = (norm > 0) & (norm <= LARGEST)
     anchor = 2 * hyper.luma * ((norm - 1) / tl.where(has_anchor, norm, 1.0)) * inverse_scale
-    dg = hyper.grad_factor * grad_weight
+    grad_factor = _grad_factor(hyper, sums)
+    dg = grad_factor * sums.grad_weight
     new_g_momentum = tl.fma(hyper.one_minus_dampening, dg, hyper.momentum * g_momentum)
     nesterov_direction = tl.fma(hyper.momentum, new_g_momentum, dg)
     new_g = tl.fma(-hyper.lr, tl.where(hyper.nesterov, nesterov_direction, new_g_momentum), g)
@@ -105,7 +123,7 @@ def filter_rule(
     keep = tl.where(keep <= LARGEST, keep, LARGEST)
     keep = tl.where(exp_scaled, keep, 1.0)
     rule = FilterRule(
-        grad=hyper.grad_factor * scale,
+        grad=grad_factor * scale,
         weight=tl.where(has_anchor, anchor, 0.0),
         mean=tl.where(taps > 1, hyper.zmg / taps.to(REAL), 0.0),
         decay=hyper.weight_decay * inverse_scale,
