@@ -280,10 +280,14 @@ def _scales(backend):
     ],
 )
 def test_gradients_are_divided_by_the_scale(grad_scale, found_inf, backend):
-    shapes, device = ((3, 17, 3, 3), (40,)), backend.device
-    problems = [Problem(Case(shape, dtype), device) for shape in shapes for dtype in DTYPES]
+    kinds = ((3, 17, 3, 3), Options()), ((3, 17, 3, 3), Options(grad_norm=0.1)), ((40,), Options())
+    problems = [
+        Problem(Case(shape, dtype, options=options), backend.device)
+        for shape, options in kinds
+        for dtype in DTYPES
+    ]
     scales = [
-        None if value is None else torch.tensor(value, device=device)
+        None if value is None else torch.tensor(value, device=backend.device)
         for value in (grad_scale, found_inf)
     ]
     backend.run(problems, *scales)
