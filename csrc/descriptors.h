@@ -23,7 +23,7 @@ enum DType : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 }
   FIELD(filter_numel)  /* of a filter, or of a block of a tensor without */       \
   FIELD(taps)          /* 1 where CZMG has nothing to do */                       \
   FIELD(channels_last) /* taps, not channels, are outermost in a filter */        \
-  FIELD(needs_norms)   /* the rule needs sums over the filter */                   \
+  FIELD(needs_sums)    /* the rule needs sums over the filter */                  \
   FIELD(dtype)                                                                    \
   FIELD(group)                                                                    \
   FIELD(first_filter)  /* filters of all descriptors before this one */           \

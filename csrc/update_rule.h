@@ -101,15 +101,18 @@ struct FilterSums {
   T grad_grad;      // <dW, dW>
 };
 
-// What the gradients of a filter are multiplied by. Those of zeros stay as they are, and so does the
-// gradient of a filter without weights, which has no direction.
+// What the gradients of a filter are multiplied by: with a norm of their own, whatever their scale.
 template <class opmath_t>
-CZM_INLINE opmath_t grad_factor(const HyperParameters<opmath_t>& hyper,
-                                const FilterSums<opmath_t>& sums) {
-  const opmath_t norm =
-      std::sqrt(sums.weight_weight) * std::sqrt(sums.grad_grad) * std::fabs(hyper.grad_factor);
-  const bool has_norm = hyper.grad_norm > opmath_t(0) && norm > opmath_t(0);
-  return has_norm ? hyper.grad_factor * (hyper.grad_norm / norm) : hyper.grad_factor;
+CZM_INLINE opmath_t filter_grad_factor(const HyperParameters<opmath_t>& hyper,
+                                       const FilterSums<opmath_t>& sums) {
+  // A filter of zeros has no direction, and 1 for its norm, as for its scale.
+  const opmath_t weight_norm =
+      sums.weight_weight == opmath_t(0) ? opmath_t(1) : std::sqrt(sums.weight_weight);
+  const opmath_t norm = weight_norm * std::sqrt(sums.grad_grad);
+  if (!(hyper.grad_norm > opmath_t(0) && norm > opmath_t(0))) return hyper.grad_factor;
+  opmath_t factor = hyper.grad_norm / norm;
+  factor = factor <= kLargest<opmath_t> ? factor : kLargest<opmath_t>;
+  return hyper.grad_factor < opmath_t(0) ? -factor : factor;
 }
 
 // From the sums over a filter to its rule; advances g in place.
@@ -127,7 +130,7 @@ CZM_INLINE FilterRule<opmath_t> filter_rule(const HyperParameters<opmath_t>& hyp
   const opmath_t norm = std::sqrt(sums.weight_weight) * inverse_scale;
   // <W, W> underflows or overflows long before W does, and then the norm is not known.
   const bool has_anchor = norm > opmath_t(0) && norm <= kLargest<opmath_t>;
-  const opmath_t factor = grad_factor(hyper, sums);
+  const opmath_t factor = filter_grad_factor(hyper, sums);
   FilterRule<opmath_t> rule;
   rule.grad = factor * scale;
   rule.weight = has_anchor

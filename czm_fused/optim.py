@@ -41,6 +41,7 @@ _SWITCHES = tuple(
     index for index, hyperparameter in enumerate(HYPERPARAMETERS) if hyperparameter.flag is not None
 )
 _MOST_PLANS = 8
+_FILTER_DIMS = {"min_filter_dim": 3, "max_filter_dim": None}
 _NEWER_THAN_SOME_PICKLES = {"capturable": False, "master_weights": False, "grad_norm": 0.0}
 
 
@@ -76,31 +77,32 @@ class FusedCZMSGD(Optimizer):
         zmg: the share of each gradient slice's spatial mean that is removed, in [0, 1]. 0 turns
             it off, 1 keeps filters on the isocline. Default 0.85.
         luma: strength of the pull of `‖V[f]‖` to 1. Default 5e-4.
-        grad_norm: the norm that every filter's gradient by its direction gets, so that all turn by
-            about `lr * grad_norm` radians a step, as filters before a BatchNorm do (Kosson et al.,
-            arXiv 2305.17212). Default 0: gradients as they are; 0.1 for depthwise networks.
+        grad_norm: the norm that the gradient by `W[f] / ‖W[f]‖` gets in every filter, so that all
+            turn alike, as before a BatchNorm: by about `lr * grad_norm / ‖V[f]‖²` radians a step
+            (Kosson et al., arXiv 2305.17212). 0 turns it off. Default 0.
         exp_scale: exp-scale the filters. Default True.
         maximize: ascend instead of descend. Default False.
         backend: `"auto"`, `"cpu"`, `"cuda"`, `"triton"` or `"reference"`; `"auto"` obeys the
             environment variable `CZM_FUSED_BACKEND` and else takes the fastest that can run.
-        master_weights: keep the float32 values of bfloat16 and float16 weights: the step is
-            taken with these and the parameter is their rounding, so that steps smaller than its
-            precision add up. Costs 2 bytes a weight; other dtypes are not affected. Default False.
+        master_weights: keep the float32 weights of which bfloat16 and float16 parameters are the
+            rounding, so that smaller steps add up. Costs 2 bytes a weight. Default False.
         capturable: keep the learning rate as a float32 tensor on the parameters' device,
             which a CUDA graph reads at every replay and a compiled step without compiling anew;
             schedulers update it in place. Default False. Any hyperparameter can be given as such.
-        differentiable, foreach: accepted for `torch.optim.SGD`'s sake; False, and None or False.
+        differentiable: accepted for `torch.optim.SGD`'s sake; False.
+        foreach: accepted for `torch.optim.SGD`'s sake; None or False.
         fused: True makes the step divide by a GradScaler's scale, and skip what is not finite, on
             the device, as `torch.optim.SGD(fused=True)` does. None or False leave both to the
             GradScaler, so that Lightning can clip and Accelerate sees which steps were skipped.
             The step is fused in any case. Default None.
 
     Parameters may be DTensors, as `fully_shard` makes them: filters split along dimension 0 or not
-    at all. Each rank steps its part; only gradients placed otherwise than theirs are communicated.
+    at all, others anyhow. Each rank steps its part, and communicates nothing but gradients that are
+    placed otherwise than their parameters.
 
     Every group can set `lr, momentum, dampening, weight_decay, nesterov, maximize, zmg, luma,
-    grad_norm, exp_scale, master_weights` and `capturable`. The rows of a 2-d weight are filters in
-    a group that itself sets `luma` or `exp_scale` alone (its key `min_filter_dim` is then 2, else
+    grad_norm, exp_scale, master_weights` and `capturable`. The rows of a 2-d weight are filters
+    only in a group that itself sets `luma` or `exp_scale` (its key `min_filter_dim` is then 2, else
     3; `max_filter_dim` bounds them above).
     A bare `model.parameters()` has no modules to tell what is a filter: weights of transposed
     convolutions are treated as filters, tensors of shape (1, positions, width) and (channels, 1, 1)
@@ -184,9 +186,8 @@ class FusedCZMSGD(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group` does, after checking it whole.
 
-        The group becomes a copy of `param_group`, with tensors of its own for hyperparameters, so
-        that neither other groups nor the caller's values change with it. Where the others have
-        names and this one has none, its parameters are named by their places.
+        The group becomes a copy of `param_group`, with tensors of its own for hyperparameters.
+        Where the others have names and it has none, its parameters are named by their places.
 
         Raises:
             ValueError: a hyperparameter out of its range, or parameters on several devices.
@@ -231,11 +232,10 @@ class FusedCZMSGD(Optimizer):
         super().__setstate__(state)
         self._plans = {}
         self._converted = None
+        self.defaults = {**_NEWER_THAN_SOME_PICKLES, **self.defaults}
         for group in self.param_groups:
             self._has_dtensors |= any(map(sharding.is_dtensor, group["params"]))
-            group.setdefault("min_filter_dim", 3)
-            group.setdefault("max_filter_dim", None)
-            for name, value in {**_NEWER_THAN_SOME_PICKLES, **self.defaults}.items():
+            for name, value in {**_FILTER_DIMS, **self.defaults}.items():
                 group.setdefault(name, value)
             make_capturable(group)
 

@@ -158,12 +158,14 @@ def test_older_dictionaries_keep_the_present_values():
     model = network()
     optimizer = FusedCZMSGD(model.parameters(), **CZM)
     saved = optimizer.state_dict()
-    for name in ("zmg", "luma", "exp_scale", "maximize", "min_filter_dim"):
+    for name in ("zmg", "luma", "grad_norm", "exp_scale", "maximize", "min_filter_dim"):
         del saved["param_groups"][0][name]
-    other = FusedCZMSGD([{"params": model.parameters(), "luma": 0.5, "exp_scale": False}], zmg=0.25)
+    group = {"params": model.parameters(), "luma": 0.5, "grad_norm": 0.1, "exp_scale": False}
+    other = FusedCZMSGD([group], zmg=0.25)
     other.load_state_dict(saved)
     group = other.param_groups[0]
     assert (group["zmg"], group["luma"], group["exp_scale"]) == (0.25, 0.5, False)
+    assert group["grad_norm"] == 0.1
     assert (group["min_filter_dim"], group["maximize"]) == (2, False)
     assert group["momentum"] == 0.9
     train(model, other, 1)

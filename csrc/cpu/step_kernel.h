@@ -320,7 +320,7 @@ void update_filter(const Filter<Stored>& filter, const TensorDescriptor& row,
   using opmath_t = opmath_type<Stored>;
   using T = Vector<opmath_t>;
   FilterSums<opmath_t> sums{};
-  if (row.needs_norms) {
+  if (row.needs_sums) {
     sums = hyper.grad_norm > 0 ? sum_products<true>(filter) : sum_products<false>(filter);
   }
   opmath_t* log_scale = row.log_scale ? reinterpret_cast<opmath_t*>(row.log_scale) + number : nullptr;
@@ -363,7 +363,7 @@ void step_tensor(const TensorDescriptor& descriptor, int64_t grad, const GroupDe
       reinterpret_cast<Stored*>(descriptor.momentum_buffer),
       reinterpret_cast<int16_t*>(descriptor.param_remainder),
       descriptor.numel,
-      descriptor.needs_norms ? prefetch : 0};
+      descriptor.needs_sums ? prefetch : 0};
   for (int64_t number = first_filter; number < last_filter; ++number) {
     Filter<Stored> filter = tensor.from(number * descriptor.filter_numel);
     if (filter.numel > descriptor.filter_numel) filter.numel = descriptor.filter_numel;

@@ -162,7 +162,7 @@ __device__ __forceinline__ void run(const WorkItem& item, int64_t grad,
       const TiledFilter<Stored, typename Traits::InTiles> tiled(filters, its_shared, threads);
       const Numbers numbers(arguments, item);
       RuleMaker<T> make_rule(item, 0, filters.numel > 0);
-      if (item.flags & kNeedsNorms) {
+      if (item.flags & kNeedsSums) {
         tiled.add_products_to(sums);
         threads.sum(sums, partial);
       }
@@ -178,7 +178,7 @@ __device__ __forceinline__ void run(const WorkItem& item, int64_t grad,
   const Numbers numbers(arguments, item);
   RuleMaker<T> make_rule(item, threads.number_in_warp(), in_registers.has_filter());
   in_registers.arrange();
-  if (item.flags & kNeedsNorms) {
+  if (item.flags & kNeedsSums) {
     in_registers.add_products_to(sums);
     threads.sum(sums, partial);
   }

@@ -10,7 +10,7 @@ namespace czm {
 enum ItemFlag : int32_t {
   kInPacks = 1,       // filters can be moved in packs where they are aligned
   kChannelsLast = 2,  // taps, not channels, are outermost in a filter
-  kNeedsNorms = 4,    // the rule needs <W, W> and <dW, W>
+  kNeedsSums = 4,     // the rule needs sums over the filter
 };
 constexpr int kItemFlagBits = 3;
 

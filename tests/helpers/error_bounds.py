@@ -52,7 +52,8 @@ def error_bounds(
     grad = x["grad"].abs() / grad_scale
     factor_error = 0.0
     if is_filter and options.grad_norm != 0:
-        norms = per_filter(reference.filter_norms(x["param"]) * reference.filter_norms(grad))
+        norms = reference.filter_norms(x["param"])
+        norms = per_filter(norms.where(norms > 0, 1) * reference.filter_norms(grad))
         grad = torch.where(norms > 0, options.grad_norm / norms, 1) * grad
         factor_error = sum_error + 6
     size = scale * grad

@@ -119,7 +119,10 @@ def test_launches_in_a_capture_have_small_arguments():
     step.launched.clear()
     step.is_capturing = True
     step(inputs, HYPERPARAMETERS, None, None)
-    words = [len(launch.tensors) + 16 * len(launch.groups) for launch, *_ in step.launched]
+    words = [
+        len(launch.tensors) + cuda._WORDS_A_GROUP * len(launch.groups)
+        for launch, *_ in step.launched
+    ]
     assert len(words) == 2 and max(words) <= cuda.FEW_WORDS
     found = np.concatenate([grads for *_, grads in step.launched])
     assert sorted(found) == sorted(grad.data_ptr() for grad in inputs.grads)

@@ -298,7 +298,7 @@ def test_gradients_are_divided_by_the_scale(grad_scale, found_inf, backend):
 @on_every_backend
 @pytest.mark.parametrize("found_inf", [1.0, 2.0])
 def test_nothing_changes_where_an_infinity_was_found(found_inf, backend):
-    options, device = Options(dampening=0.3), backend.device
+    options, device = Options(dampening=0.3, grad_norm=0.1), backend.device
     problems = [
         Problem(Case((3, 17, 3, 3), options=options, first=first), device)
         for first in (False, True)

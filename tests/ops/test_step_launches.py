@@ -92,15 +92,15 @@ def test_the_operator_finds_its_plan_again(backend):
 
 @on((HOST, WHOLE_HOST, CUDA_PTX, TRITON_PTX))
 def test_hyperparameters_on_the_device(backend):
-    options = Options(nesterov=True, luma=0.1)
-    cases = [Case((5, 17, 3, 3), dtype, options=options) for dtype in DTYPES]
+    options = Options(nesterov=True, luma=0.1), Options(luma=0.1, grad_norm=0.1)
+    cases = [Case((5, 17, 3, 3), dtype, options=each) for dtype in DTYPES for each in options]
     cases.append(Case((7,), options=PLAIN))
     planned = Planned(backend.make_step(), backend.backend, cases)
     scalars = [torch.tensor(row, dtype=torch.float32) for row in planned.rows]
     for problem, row in zip(planned.problems, scalars, strict=True):
         # The oracle takes the numbers as float32 has them.
         values = dict(zip(HYPERPARAMETER_NAMES, row.tolist(), strict=True))
-        rounded = {name: values[name] for name in ("lr", "momentum", "zmg", "luma")}
+        rounded = {name: values[name] for name in ("lr", "momentum", "zmg", "luma", "grad_norm")}
         problem.case = replace(problem.case, options=replace(problem.case.options, **rounded))
     rows = [[DeviceScalar(x) for x in row] for row in scalars]
     planned.step(planned.grads, Hyperparameters(rows))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from helpers.cases import Case
+from helpers.cases import Case, Options
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ CASES = {
     "9,216 weights": (
         Case((2, 1024, 3, 3)),
         {"cuda": Numbers(1, 1, 30), "triton": Numbers(2, 2.03, 2.5)},
+    ),
+    "9,216 weights, grad_norm": (
+        Case((2, 1024, 3, 3), options=Options(grad_norm=0.1)),
+        {"cuda": Numbers(1, 1, 30), "triton": Numbers(3, 3.03, 2)},
     ),
     "20,480 weights": (
         Case((1, 2560, 8)),

@@ -30,7 +30,7 @@ _MOST_FILTER_NUMEL = 2**31 - 2**20
 # As csrc/cuda/work_item.h has them.
 FEW_WORDS = (4096 - 32) // 8
 MANY_WORDS = (32764 - 32) // 8
-IN_PACKS, CHANNELS_LAST, NEEDS_NORMS = 1, 2, 4
+IN_PACKS, CHANNELS_LAST, NEEDS_SUMS = 1, 2, 4
 _FLAG_BITS = 3
 _WIDE_FIELDS = (
     "param", "momentum_buffer", "param_remainder", "log_scale", "log_scale_momentum_buffer", "step",
@@ -113,7 +113,7 @@ class CudaStep:
 
     The work items are kept on the device, and sent again only when an address has changed. The
     addresses of the gradients and the hyperparameters, which change from step to step, are
-    arguments of the kernel. There is room for 4,091 words, one for each tensor and 16 for each
+    arguments of the kernel. There is room for 4,091 words, one for each tensor and 18 for each
     group, or for 508 in a capture; a plan that needs more makes more launches, and so do filters
     of more weights than a small block holds (5,120 of float32, 2,048 of float64, 6,144 of half
     types). What is larger than a large block (20,480, 10,240 and 20,480) has its weights and
@@ -249,7 +249,7 @@ def _select(words: bytes, numbers: np.ndarray) -> bytes:
 
 def _is_plain(rows: np.ndarray) -> np.ndarray:
     """Return True for tensors whose weights do not depend on each other, wherever they are cut."""
-    return (rows[:, FIELD["taps"]] == 1) & (rows[:, FIELD["needs_norms"]] == 0)
+    return (rows[:, FIELD["taps"]] == 1) & (rows[:, FIELD["needs_sums"]] == 0)
 
 
 def _kinds(rows: np.ndarray, block_threads: int) -> dict[tuple[int, bool], np.ndarray]:
@@ -339,7 +339,7 @@ def _deal(
     items["tensor"] = number
     items["group"] = group
     flags = CHANNELS_LAST * bool(row[FIELD["channels_last"]])
-    flags |= NEEDS_NORMS * bool(row[FIELD["needs_norms"]])
+    flags |= NEEDS_SUMS * bool(row[FIELD["needs_sums"]])
     in_packs = (items["numel"] % (_PACK_BYTES // size.itemsize) == 0) & _is_in_packs(
         filter_numel * size.itemsize, threads
     )

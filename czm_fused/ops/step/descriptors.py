@@ -17,7 +17,7 @@ from czm_fused.ops.step.spec import (
     DTYPES,
     FIELD,
     HYPERPARAMETER_NAMES,
-    NORM_FLAGS,
+    SUM_FLAGS,
     StepFlag,
 )
 
@@ -53,7 +53,7 @@ def is_stepped_by_filter(shape: Sequence[int], flags: StepFlag) -> bool:
     """Return True if a step of this tensor needs sums over its filters or over their taps."""
     if flags & StepFlag.ZERO_MEAN and math.prod(shape[2:]) > 1:
         return True
-    return bool(flags & NORM_FLAGS)
+    return bool(flags & SUM_FLAGS)
 
 
 def has_supported_strides(shape: Sequence[int], strides: Sequence[int], flags: StepFlag) -> bool:
@@ -126,7 +126,7 @@ def _describe(descriptor: np.ndarray, tensor: StepTensor, block_numel: int) -> N
         "filter_numel": max(math.prod(shape[1:]) if by_filter else min(numel, block_numel), 1),
         "taps": math.prod(shape[2:]) if flags & StepFlag.ZERO_MEAN and by_filter else 1,
         "channels_last": by_filter and not _is_dense_in(shape, tensor.strides, range(len(shape))),
-        "needs_norms": bool(flags & NORM_FLAGS),
+        "needs_sums": bool(flags & SUM_FLAGS),
         "dtype": DTYPES[tensor.dtype],
         "group": tensor.group_index,
     }

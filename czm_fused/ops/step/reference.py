@@ -123,10 +123,12 @@ def step_(
     if maximize:
         dweight = -dweight
     if _nonzero(grad_norm):
-        norms = filter_norms(weight) * filter_norms(dweight)
-        # A filter of zeros has no direction, and a gradient of zeros no norm.
+        weight_norms, grad_norms = filter_norms(weight), filter_norms(dweight)
+        # A filter of zeros has no direction, and 1 for its norm, as for its scale.
+        norms = torch.where(weight_norms != 0, weight_norms, 1.0) * grad_norms
         has_norm = (torch.as_tensor(grad_norm) > 0) & (norms > 0)
-        dweight = dweight * _per_filter(torch.where(has_norm, grad_norm / norms, 1.0), dweight)
+        factors = (grad_norm / norms).clamp(max=torch.finfo(dtype).max)
+        dweight = dweight * _per_filter(torch.where(has_norm, factors, 1.0), dweight)
 
     direction, direction_grad = weight, dweight
     if log_scale is not None:

@@ -27,10 +27,10 @@ class StepFlag(enum.IntFlag):
     GRAD_NORM = 64
 
 
-# A tensor with one of these is stepped filter by filter.
-FILTER_FLAGS = StepFlag.EXP_SCALE | StepFlag.ZERO_MEAN | StepFlag.ANCHOR | StepFlag.GRAD_NORM
-# And with one of these, by sums over the filter.
-NORM_FLAGS = StepFlag.EXP_SCALE | StepFlag.ANCHOR | StepFlag.GRAD_NORM
+# A tensor with one of these needs sums over its filters.
+SUM_FLAGS = StepFlag.EXP_SCALE | StepFlag.ANCHOR | StepFlag.GRAD_NORM
+# With one of these, it is stepped filter by filter.
+FILTER_FLAGS = SUM_FLAGS | StepFlag.ZERO_MEAN
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ DESCRIPTOR_FIELDS = (
     "filter_numel",
     "taps",
     "channels_last",
-    "needs_norms",
+    "needs_sums",
     "dtype",
     "group",
     "first_filter",

@@ -36,7 +36,6 @@ _OPTION_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("min_filter_dim", (int,), "a number of dimensions"),
     ("max_filter_dim", (int, type(None)), "a number of dimensions or None"),
 )
-_FILTERS_ONLY = StepFlag.ZERO_MEAN | StepFlag.ANCHOR | StepFlag.GRAD_NORM
 
 
 def is_on_device(value: object) -> bool:
@@ -63,7 +62,7 @@ def flags_of(param: Tensor, group: dict[str, Any]) -> StepFlag:
         if flag is not None and is_on(group[hyperparameter.name]):
             flags |= flag
     if not is_filter:
-        flags &= ~_FILTERS_ONLY
+        flags &= ~FILTER_FLAGS
     elif group["exp_scale"]:
         flags |= StepFlag.EXP_SCALE
     if not flags & StepFlag.MOMENTUM:

@@ -282,7 +282,7 @@ def _items_of(row: np.ndarray, number: int, shape: LaunchShape) -> np.ndarray:
     items["tile_channels"] = tile_channels
     divisor = tile_channels if channels_last else int(row[FIELD["taps"]])
     items["reciprocal"] = -(-(1 << RECIPROCAL_BITS) // max(divisor, 1))
-    items["needs_norms"] = row[FIELD["needs_norms"]]
+    items["needs_sums"] = row[FIELD["needs_sums"]]
     items["tensor"], items["group"] = number, row[FIELD["group"]]
     path = HELD_FEW if tiles <= shape.few else HELD_MANY
     if tiles > shape.many:

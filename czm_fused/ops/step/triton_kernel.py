@@ -2,7 +2,8 @@
 
 A filter is taken in tiles of TILE weights, each the taps of `tile_channels` channels. A filter of a
 few tiles is loaded as a whole, W, dW and m at once, and held in registers until it is stored: each
-weight is read once. A longer one is read twice, for the sums over it, then for the update.
+weight is read once. A longer one is read twice, for the sums over it, then for the update, and dW
+once more for `grad_norm`.
 
 A program reads what it does from one work item, and waits for nothing else before it asks for the
 weights of a filter in registers: the gradient's address and the hyperparameters follow, and what a
@@ -30,7 +31,7 @@ from czm_fused.ops.triton_utils import multiple, read
 # A work item says what one program does: int64 fields, then int32 fields. See `triton.py`.
 WIDE_FIELDS = (*ADDRESSES, "first")
 FIELDS = (
-    "numel", "taps", "channels", "channels_last", "tile_channels", "reciprocal", "needs_norms",
+    "numel", "taps", "channels", "channels_last", "tile_channels", "reciprocal", "needs_sums",
     "path", "tensor", "group",
 )  # fmt: skip
 # How a filter is stepped: read twice, one element at a time or in vectors; or held in registers.
@@ -58,7 +59,7 @@ _CHANNELS = tl.constexpr(FIELDS.index("channels"))
 _CHANNELS_LAST = tl.constexpr(FIELDS.index("channels_last"))
 _TILE_CHANNELS = tl.constexpr(FIELDS.index("tile_channels"))
 _RECIPROCAL = tl.constexpr(FIELDS.index("reciprocal"))
-_NEEDS_NORMS = tl.constexpr(FIELDS.index("needs_norms"))
+_NEEDS_SUMS = tl.constexpr(FIELDS.index("needs_sums"))
 _PATH = tl.constexpr(FIELDS.index("path"))
 _TENSOR = tl.constexpr(FIELDS.index("tensor"))
 _GROUP = tl.constexpr(FIELDS.index("group"))
@@ -77,7 +78,7 @@ class _Filter(NamedTuple):
     channel_stride: tl.tensor
     tile_channels: tl.tensor
     reciprocal: tl.tensor  # of the taps, or of tile_channels where taps are outermost
-    needs_norms: tl.tensor
+    needs_sums: tl.tensor
 
 
 class _Sources(NamedTuple):
@@ -255,7 +256,7 @@ def _totals(filter, weight_weight, grad_weight, REAL: tl.constexpr):
     # Zeros where the rule does not need them.
     total_weight_weight = tl.full([], 0.0, REAL)
     total_grad_weight = tl.full([], 0.0, REAL)
-    if filter.needs_norms:
+    if filter.needs_sums:
         total_weight_weight = tl.sum(weight_weight, axis=0)
         total_grad_weight = tl.sum(grad_weight, axis=0)
     return total_weight_weight, total_grad_weight
@@ -302,7 +303,7 @@ def _step_held(
     weight_weight, grad_weight = _totals(filter, weight_weight, grad_weight, REAL)
     # After the others, whose registers are free again.
     grad_grad = tl.full([], 0.0, REAL)
-    if filter.needs_norms & (hyper.grad_norm > 0):
+    if filter.needs_sums & (hyper.grad_norm > 0):
         squares = tl.zeros([TILE], REAL)
         for number in tl.static_range(TILES):
             squares = tl.fma(grads[number], grads[number], squares)
@@ -327,10 +328,10 @@ def _step_streamed(
     filter, sources, grad_scale, found_inf, DTYPE: tl.constexpr, REAL: tl.constexpr,
     SPLIT: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Step a filter of any size, which is read twice, and for `grad_norm` dW once more."""
+    """Step a filter of any size, which is read twice."""
     weight_weight = tl.zeros([TILE], REAL)
     grad_weight = tl.zeros([TILE], REAL)
-    end = multiple(tl.where(filter.needs_norms, filter.numel, 0), VECTOR)
+    end = multiple(tl.where(filter.needs_sums, filter.numel, 0), VECTOR)
     begin = end * 0
     while begin < end:
         offsets = begin + tl.arange(0, TILE)
@@ -343,15 +344,19 @@ def _step_streamed(
         begin += TILE
     hyper, scale, writes = _read_sources(filter, sources, grad_scale, found_inf, REAL)
     weight_weight, grad_weight = _totals(filter, weight_weight, grad_weight, REAL)
+    # In a loop of its own, as one more sum in that above would take registers of its loads.
     squares = tl.zeros([TILE], REAL)
     begin = multiple(tl.where(hyper.grad_norm > 0, 0, end), VECTOR)
+    needs_squares = begin < end
     while begin < end:
         offsets = begin + tl.arange(0, TILE)
         grads = _grad_pointer(sources, DTYPE, VECTOR)
         grad = read(grads, offsets, offsets < end, VECTOR).to(REAL)
         squares = tl.fma(grad, grad, squares)
         begin += TILE
-    grad_grad = tl.sum(squares, axis=0)
+    grad_grad = tl.full([], 0.0, REAL)
+    if needs_squares:
+        grad_grad = tl.sum(squares, axis=0)
     sums = FilterSums(weight_weight=weight_weight, grad_weight=grad_weight, grad_grad=grad_grad)
     rule = _new_rule(filter, scale, hyper, writes, sums, REAL)
 
@@ -431,7 +436,7 @@ def _read_item(item, grads, addresses, values):
         channel_stride=tl.where(channels_last, 1, taps),
         tile_channels=tl.load(fields + _TILE_CHANNELS),
         reciprocal=tl.load(fields + _RECIPROCAL),
-        needs_norms=tl.load(fields + _NEEDS_NORMS) != 0,
+        needs_sums=tl.load(fields + _NEEDS_SUMS) != 0,
     )
     group = tl.load(fields + _GROUP) * _GROUP_COLUMNS
     sources = _Sources(

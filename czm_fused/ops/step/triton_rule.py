@@ -91,11 +91,13 @@ def hyperparameters(addresses, values, step, has_momentum, grad_scale, REAL: tl.
 
 
 @triton.jit
-def _grad_factor(hyper, sums):
-    norm = tl.sqrt(sums.weight_weight) * tl.sqrt(sums.grad_grad) * tl.abs(hyper.grad_factor)
+def _filter_grad_factor(hyper, sums, LARGEST: tl.constexpr):
+    weight_norm = tl.where(sums.weight_weight == 0, 1.0, tl.sqrt(sums.weight_weight))
+    norm = weight_norm * tl.sqrt(sums.grad_grad)
     has_norm = (hyper.grad_norm > 0) & (norm > 0)
-    factor = hyper.grad_factor * (hyper.grad_norm / tl.where(has_norm, norm, 1.0))
-    return tl.where(has_norm, factor, hyper.grad_factor)
+    factor = hyper.grad_norm / tl.where(has_norm, norm, 1.0)
+    factor = tl.where(factor <= LARGEST, factor, LARGEST)
+    return tl.where(has_norm, tl.where(hyper.grad_factor < 0, -factor, factor), hyper.grad_factor)
 
 
 @triton.jit
@@ -113,8 +115,8 @@ def filter_rule(hyper, sums, taps, exp_scaled, g, g_momentum, REAL: tl.constexpr
     # <W, W> underflows or overflows long before W does, and then the norm is not known.
     has_anchor = (norm > 0) & (norm <= LARGEST)
     anchor = 2 * hyper.luma * ((norm - 1) / tl.where(has_anchor, norm, 1.0)) * inverse_scale
-    grad_factor = _grad_factor(hyper, sums)
-    dg = grad_factor * sums.grad_weight
+    factor = _filter_grad_factor(hyper, sums, LARGEST)
+    dg = factor * sums.grad_weight
     new_g_momentum = tl.fma(hyper.one_minus_dampening, dg, hyper.momentum * g_momentum)
     nesterov_direction = tl.fma(hyper.momentum, new_g_momentum, dg)
     new_g = tl.fma(-hyper.lr, tl.where(hyper.nesterov, nesterov_direction, new_g_momentum), g)
@@ -123,7 +125,7 @@ def filter_rule(hyper, sums, taps, exp_scaled, g, g_momentum, REAL: tl.constexpr
     keep = tl.where(keep <= LARGEST, keep, LARGEST)
     keep = tl.where(exp_scaled, keep, 1.0)
     rule = FilterRule(
-        grad=grad_factor * scale,
+        grad=factor * scale,
         weight=tl.where(has_anchor, anchor, 0.0),
         mean=tl.where(taps > 1, hyper.zmg / taps.to(REAL), 0.0),
         decay=hyper.weight_decay * inverse_scale,
