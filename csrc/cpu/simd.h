@@ -130,71 +130,138 @@ inline void store(double* p, VectorD v) { store_as(p, v); }
 typedef uint16_t Half16s __attribute__((vector_size(CZM_VECTOR_BYTES / 2)));
 typedef uint32_t Bits32s __attribute__((vector_size(CZM_VECTOR_BYTES)));
 
-inline VectorF load(const BFloat16* p) {
-  return (VectorF)(__builtin_convertvector(load_as<Half16s>(p), Bits32s) << 16);
+inline VectorF widen(Half16s bits, BFloat16) {
+  return (VectorF)(__builtin_convertvector(bits, Bits32s) << 16);
 }
 
-inline void store(BFloat16* p, VectorF v) {
+inline Half16s narrow(VectorF v, BFloat16) {
   const Bits32s bits = (Bits32s)v;
   const Bits32s rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Bits32s is_nan = (Bits32s)((bits & 0x7fffffffu) > 0x7f800000u);
   const Bits32s chosen = (is_nan & 0x7fc0u) | (~is_nan & rounded);
-  store_as(p, __builtin_convertvector(chosen, Half16s));
+  return __builtin_convertvector(chosen, Half16s);
 }
 
-inline VectorF load(const Float16* p) {
+inline VectorF widen(Half16s bits, Float16) {
 #if CZM_VECTOR_BYTES == 64
-  return (VectorF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (VectorF)_mm512_cvtph_ps((__m256i)bits);
 #elif CZM_VECTOR_BYTES == 32
-  return (VectorF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (VectorF)_mm256_cvtph_ps((__m128i)bits);
 #elif defined(__aarch64__)
-  return (VectorF)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
+  return (VectorF)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)bits));
 #else
-  return VectorF{to_opmath(p[0]), to_opmath(p[1]), to_opmath(p[2]), to_opmath(p[3])};
+  VectorF v;
+  for (int i = 0; i < 4; ++i) v[i] = to_opmath(Float16{bits[i]});
+  return v;
 #endif
 }
 
-inline void store(Float16* p, VectorF v) {
+inline Half16s narrow(VectorF v, Float16) {
 #if CZM_VECTOR_BYTES == 64
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  return (Half16s)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif CZM_VECTOR_BYTES == 32
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  return (Half16s)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__aarch64__)
-  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+  return (Half16s)vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v));
 #else
-  for (int i = 0; i < 4; ++i) from_opmath(v[i], p[i]);
+  Half16s bits;
+  for (int i = 0; i < 4; ++i) {
+    Float16 half;
+    from_opmath(v[i], half);
+    bits[i] = half.bits;
+  }
+  return bits;
 #endif
+}
+
+template <class Half> inline VectorF load(const Half* p) { return widen(load_as<Half16s>(p), Half{}); }
+template <class Half> inline void store(Half* p, VectorF v) { store_as(p, narrow(v, Half{})); }
+
+// The first `count` lanes; the others are zero, and their memory is neither read nor written.
+#if CZM_VECTOR_BYTES == 64
+inline uint32_t first_lanes(int64_t count) { return (1u << count) - 1; }
+
+inline VectorF load_first(const float* p, int64_t count) {
+  return (VectorF)_mm512_maskz_loadu_ps(__mmask16(first_lanes(count)), p);
+}
+inline VectorD load_first(const double* p, int64_t count) {
+  return (VectorD)_mm512_maskz_loadu_pd(__mmask8(first_lanes(count)), p);
+}
+inline Half16s load_first_halves(const void* p, int64_t count) {
+  return (Half16s)_mm256_maskz_loadu_epi16(__mmask16(first_lanes(count)), p);
+}
+inline void store_first(float* p, VectorF v, int64_t count) {
+  _mm512_mask_storeu_ps(p, __mmask16(first_lanes(count)), (__m512)v);
+}
+inline void store_first(double* p, VectorD v, int64_t count) {
+  _mm512_mask_storeu_pd(p, __mmask8(first_lanes(count)), (__m512d)v);
+}
+inline void store_first_halves(void* p, Half16s v, int64_t count) {
+  _mm256_mask_storeu_epi16(p, __mmask16(first_lanes(count)), (__m256i)v);
+}
+#else
+template <class V, class Element> inline V load_each(const Element* p, int64_t count) {
+  V v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+template <class V, class Element> inline void store_each(Element* p, V v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+#if CZM_VECTOR_BYTES == 32
+inline __m256i first_lanes(float, int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i first_lanes(double, int64_t count) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+inline VectorF load_first(const float* p, int64_t count) {
+  return (VectorF)_mm256_maskload_ps(p, first_lanes(float(), count));
+}
+inline VectorD load_first(const double* p, int64_t count) {
+  return (VectorD)_mm256_maskload_pd(p, first_lanes(double(), count));
+}
+inline void store_first(float* p, VectorF v, int64_t count) {
+  _mm256_maskstore_ps(p, first_lanes(float(), count), (__m256)v);
+}
+inline void store_first(double* p, VectorD v, int64_t count) {
+  _mm256_maskstore_pd(p, first_lanes(double(), count), (__m256d)v);
+}
+#else
+inline VectorF load_first(const float* p, int64_t count) { return load_each<VectorF>(p, count); }
+inline VectorD load_first(const double* p, int64_t count) { return load_each<VectorD>(p, count); }
+inline void store_first(float* p, VectorF v, int64_t count) { store_each(p, v, count); }
+inline void store_first(double* p, VectorD v, int64_t count) { store_each(p, v, count); }
+#endif
+inline Half16s load_first_halves(const void* p, int64_t count) {
+  return load_each<Half16s>(static_cast<const uint16_t*>(p), count);
+}
+inline void store_first_halves(void* p, Half16s v, int64_t count) {
+  store_each(static_cast<uint16_t*>(p), v, count);
+}
+#endif
+
+template <class Half> inline VectorF load_first(const Half* p, int64_t count) {
+  return widen(load_first_halves(p, count), Half{});
+}
+template <class Half> inline void store_first(Half* p, VectorF v, int64_t count) {
+  store_first_halves(p, narrow(v, Half{}), count);
 }
 
 typedef int16_t Int16s __attribute__((vector_size(CZM_VECTOR_BYTES / 2)));
 typedef int32_t Int32s __attribute__((vector_size(CZM_VECTOR_BYTES)));
 
 // As in param_remainder.h.
-inline VectorF add_remainder(VectorF param, const int16_t* remainder) {
-  const Int32s apart = __builtin_convertvector(load_as<Int16s>(remainder), Int32s);
+inline VectorF add_remainders(VectorF param, Half16s remainders) {
+  const Int32s apart = __builtin_convertvector((Int16s)remainders, Int32s);
   return (VectorF)((Int32s)param + (apart & ~((param == VectorF{}) & (apart < 0))));
 }
 
-inline void store_remainder(int16_t* to, VectorF weight, VectorF param) {
+inline Half16s remainders_of(VectorF weight, VectorF param) {
   Int32s apart = (Int32s)((Bits32s)weight - (Bits32s)param);
   const Int32s above = apart > INT16_MAX, below = apart < INT16_MIN;
   apart = (above & INT16_MAX) | (below & INT16_MIN) | (~(above | below) & apart);
-  store_as(to, __builtin_convertvector(apart, Int16s));
-}
-
-// The first `count` lanes; the others are zero. The kernel's tails are short and rare.
-template <class Stored>
-inline Vector<opmath_type<Stored>> load_first(const Stored* p, int64_t count) {
-  Vector<opmath_type<Stored>> v{};
-  for (int64_t i = 0; i < count; ++i) v[i] = to_opmath(p[i]);
-  return v;
-}
-
-template <class Stored>
-inline void store_first(Stored* p, Vector<opmath_type<Stored>> v, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) from_opmath(v[i], p[i]);
+  return (Half16s)__builtin_convertvector(apart, Int16s);
 }
 
 // Halves are added until one lane is left: the same order of additions for every instruction set.

@@ -9,7 +9,6 @@
 #include "../descriptors.h"
 #include "simd.h"
 
-#include "../param_remainder.h"
 #include "../update_rule.h"
 
 // GCC takes a function that does nothing but prefetch for one without effect, and drops its calls if it
@@ -62,7 +61,7 @@ inline Vector<opmath_type<Stored>> load_weight(const Filter<Stored>& filter,
                                                              int64_t i) {
   const auto param = load(filter.weight + i);
   if constexpr (sizeof(Stored) == 2) {
-    if (filter.remainder) return add_remainder(param, filter.remainder + i);
+    if (filter.remainder) return add_remainders(param, load_as<Half16s>(filter.remainder + i));
   }
   return param;
 }
@@ -70,19 +69,20 @@ inline Vector<opmath_type<Stored>> load_weight(const Filter<Stored>& filter,
 template <class Stored>
 inline Vector<opmath_type<Stored>> load_first_weight(const Filter<Stored>& filter,
                                                                    int64_t i, int64_t count) {
-  auto weight = load_first(filter.weight + i, count);
+  const auto param = load_first(filter.weight + i, count);
   if constexpr (sizeof(Stored) == 2) {
-    for (int64_t k = 0; filter.remainder && k < count; ++k)
-      weight[k] = add_remainder(weight[k], filter.remainder[i + k]);
+    if (filter.remainder)
+      return add_remainders(param, load_first_halves(filter.remainder + i, count));
   }
-  return weight;
+  return param;
 }
 
 template <class Stored, class T>
 inline void store_weight(const Filter<Stored>& filter, int64_t i, T weight) {
   store(filter.weight + i, weight);
   if constexpr (sizeof(Stored) == 2) {
-    if (filter.remainder) store_remainder(filter.remainder + i, weight, load(filter.weight + i));
+    if (filter.remainder)
+      store_as(filter.remainder + i, remainders_of(weight, load(filter.weight + i)));
   }
 }
 
@@ -90,8 +90,10 @@ template <class Stored, class T>
 inline void store_first_weight(const Filter<Stored>& filter, int64_t i, T weight, int64_t count) {
   store_first(filter.weight + i, weight, count);
   if constexpr (sizeof(Stored) == 2) {
-    for (int64_t k = 0; filter.remainder && k < count; ++k)
-      filter.remainder[i + k] = remainder_of(weight[k], to_opmath(filter.weight[i + k]));
+    if (filter.remainder) {
+      const T param = load_first(filter.weight + i, count);
+      store_first_halves(filter.remainder + i, remainders_of(weight, param), count);
+    }
   }
 }
 
