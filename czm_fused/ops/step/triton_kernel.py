@@ -25,6 +25,13 @@ import triton
 import triton.language as tl
 
 from czm_fused.ops.step.spec import ADDRESSES, HYPERPARAMETER_NAMES
+from czm_fused.ops.step.triton_memory import (
+    grad_pointer,
+    pointer,
+    read_momentum,
+    read_weight,
+    store_weight,
+)
 from czm_fused.ops.step.triton_rule import FilterSums, filter_rule, hyperparameters
 from czm_fused.ops.triton_utils import multiple, read
 
@@ -101,56 +108,6 @@ class _Scale(NamedTuple):
 
 
 @triton.jit
-def _pointer(address, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """The elements at an address, of which VECTOR are aligned as a whole."""
-    return tl.multiple_of(
-        address.to(tl.pointer_type(DTYPE)), VECTOR * DTYPE.primitive_bitwidth // 8
-    )
-
-
-@triton.jit
-def _grad_pointer(sources, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    # The address comes after the work item, so nothing is made of it until weights are asked for.
-    begin = sources.first * (DTYPE.primitive_bitwidth // 8)
-    return _pointer(sources.grad + begin, DTYPE, VECTOR)
-
-
-@triton.jit
-def _read_weight(
-    filter, offsets, mask, DTYPE: tl.constexpr, REAL: tl.constexpr, SPLIT: tl.constexpr,
-    VECTOR: tl.constexpr,
-):  # fmt: skip
-    weight = read(_pointer(filter.weight, DTYPE, VECTOR), offsets, mask, VECTOR).to(REAL)
-    if SPLIT:
-        remainder = read(_pointer(filter.remainder, tl.int16, VECTOR), offsets, mask, VECTOR)
-        remainder = tl.where((weight == 0) & (remainder < 0), 0, remainder)
-        weight = (weight.to(tl.int32, bitcast=True) + remainder).to(tl.float32, bitcast=True)
-    return weight
-
-
-@triton.jit
-def _read_momentum(
-    filter, offsets, mask, DTYPE: tl.constexpr, REAL: tl.constexpr, VECTOR: tl.constexpr
-):
-    momenta = _pointer(filter.momentum, DTYPE, VECTOR)
-    return read(momenta, offsets, mask & (filter.momentum != 0), VECTOR).to(REAL)
-
-
-@triton.jit
-def _store_weight(
-    filter, offsets, mask, weight, DTYPE: tl.constexpr, SPLIT: tl.constexpr, VECTOR: tl.constexpr
-):
-    param = weight.to(DTYPE)
-    tl.store(_pointer(filter.weight, DTYPE, VECTOR) + offsets, param, mask=mask)
-    if SPLIT:
-        rounded = param.to(tl.float32).to(tl.int32, bitcast=True)
-        apart = weight.to(tl.int32, bitcast=True) - rounded
-        remainder = tl.minimum(tl.maximum(apart, -(2**15)), 2**15 - 1).to(tl.int16)
-        remainders = _pointer(filter.remainder, tl.int16, VECTOR)
-        tl.store(remainders + offsets, remainder, mask=mask)
-
-
-@triton.jit
 def _tile(filter, first, TILE: tl.constexpr, VECTOR: tl.constexpr):
     """The tile of a filter that begins at channel `first`: offsets in the filter, and channels."""
     slots = tl.arange(0, TILE)
@@ -177,9 +134,9 @@ def _update(
     momentum = tl.fma(rule.one_minus_dampening, grad, rule.momentum * momentum)
     direction = tl.where(rule.nesterov, tl.fma(rule.momentum, momentum, grad), momentum)
     weight = tl.fma(rule.rate, direction, rule.keep * weight)
-    momenta = _pointer(filter.momentum, DTYPE, VECTOR)
+    momenta = pointer(filter.momentum, DTYPE, VECTOR)
     tl.store(momenta + offsets, momentum.to(DTYPE), mask=mask & (filter.momentum != 0))
-    _store_weight(filter, offsets, mask, weight, DTYPE, SPLIT, VECTOR)
+    store_weight(filter, offsets, mask, weight, DTYPE, SPLIT, VECTOR)
 
 
 @triton.jit
@@ -285,14 +242,14 @@ def _step_held(
     held = ()
     for number in tl.static_range(TILES):
         offsets, mask, _ = _tile(filter, number * filter.tile_channels, TILE, VECTOR)
-        weight = _read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR)
-        momentum = _read_momentum(filter, offsets, mask, DTYPE, REAL, VECTOR)
+        weight = read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR)
+        momentum = read_momentum(filter, offsets, mask, DTYPE, REAL, VECTOR)
         held = held + ((weight, momentum),)
     grads = ()
-    pointer = _grad_pointer(sources, DTYPE, VECTOR)
+    first_grad = grad_pointer(sources, DTYPE, VECTOR)
     for number in tl.static_range(TILES):
         offsets, mask, _ = _tile(filter, number * filter.tile_channels, TILE, VECTOR)
-        grads = grads + (read(pointer, offsets, mask, VECTOR).to(REAL),)
+        grads = grads + (read(first_grad, offsets, mask, VECTOR).to(REAL),)
     hyper, scale, writes = _read_sources(filter, sources, grad_scale, found_inf, REAL)
     weight_weight = tl.zeros([TILE], REAL)
     grad_weight = tl.zeros([TILE], REAL)
@@ -336,8 +293,8 @@ def _step_streamed(
     while begin < end:
         offsets = begin + tl.arange(0, TILE)
         mask = offsets < end
-        weight = _read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR)
-        grads = _grad_pointer(sources, DTYPE, VECTOR)
+        weight = read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR)
+        grads = grad_pointer(sources, DTYPE, VECTOR)
         grad = read(grads, offsets, mask, VECTOR).to(REAL)
         weight_weight = tl.fma(weight, weight, weight_weight)
         grad_weight = tl.fma(grad, weight, grad_weight)
@@ -350,7 +307,7 @@ def _step_streamed(
     needs_squares = begin < end
     while begin < end:
         offsets = begin + tl.arange(0, TILE)
-        grads = _grad_pointer(sources, DTYPE, VECTOR)
+        grads = grad_pointer(sources, DTYPE, VECTOR)
         grad = read(grads, offsets, offsets < end, VECTOR).to(REAL)
         squares = tl.fma(grad, grad, squares)
         begin += TILE
@@ -360,7 +317,7 @@ def _step_streamed(
     sums = FilterSums(weight_weight=weight_weight, grad_weight=grad_weight, grad_grad=grad_grad)
     rule = _new_rule(filter, scale, hyper, writes, sums, REAL)
 
-    grads = _grad_pointer(sources, DTYPE, VECTOR)
+    grads = grad_pointer(sources, DTYPE, VECTOR)
     first = filter.channels * 0
     if filter.tile_channels == 0:
         if VECTOR == 1:
@@ -368,9 +325,9 @@ def _step_streamed(
         first = filter.channels
     while first < filter.channels:
         offsets, mask, channel = _tile(filter, first, TILE, VECTOR)
-        weight = _read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR)
+        weight = read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR)
         grad = read(grads, offsets, mask, VECTOR).to(REAL)
-        momentum = _read_momentum(filter, offsets, mask, DTYPE, REAL, VECTOR)
+        momentum = read_momentum(filter, offsets, mask, DTYPE, REAL, VECTOR)
         _update_tile(
             filter, offsets, mask, channel, weight, grad, momentum, rule, writes, DTYPE, REAL,
             SPLIT, TILE, VECTOR,
@@ -393,7 +350,7 @@ def _update_wide(
             taps = tap + tl.arange(0, TILE)
             mask = taps < filter.taps
             offsets = channel * filter.channel_stride + taps * stride
-            weight = _read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, 1)
+            weight = read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, 1)
             grad = read(grads, offsets, mask, 1).to(REAL)
             sums += tl.fma(rule.grad, grad, rule.weight * weight)
             tap += TILE
@@ -404,9 +361,9 @@ def _update_wide(
             taps = tap + tl.arange(0, TILE)
             mask = taps < filter.taps
             offsets = channel * filter.channel_stride + taps * stride
-            weight = _read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, 1)
+            weight = read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, 1)
             grad = read(grads, offsets, mask, 1).to(REAL)
-            momentum = _read_momentum(filter, offsets, mask, DTYPE, REAL, 1)
+            momentum = read_momentum(filter, offsets, mask, DTYPE, REAL, 1)
             grad = tl.fma(rule.grad, grad, rule.weight * weight)
             _update(
                 filter, offsets, mask, weight, grad, momentum, removed_mean, rule, writes, DTYPE,
