@@ -73,28 +73,12 @@ inline uint32_t float_to_bits(float x) {
   return bits;
 }
 
-inline float to_opmath(float x) { return x; }
-inline double to_opmath(double x) { return x; }
-inline float to_opmath(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
-
 inline float to_opmath(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
   // Shifted into place and rebiased by a product, which also makes subnormal halves right.
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
-}
-
-inline void from_opmath(float x, float& out) { out = x; }
-inline void from_opmath(double x, double& out) { out = x; }
-
-inline void from_opmath(float x, BFloat16& out) {
-  const uint32_t bits = float_to_bits(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) {
-    out.bits = 0x7fc0u;
-    return;
-  }
-  out.bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 inline void from_opmath(float x, Float16& out) {
