@@ -19,6 +19,7 @@ from czm_fused._internal.text import Tabular, shorten
 from czm_fused.example import hooked, preserved, run_example
 from czm_fused.init import Convolution, check_module, find_stems, is_depthwise, named_convolutions
 from czm_fused.nn import ExpScale
+from czm_fused.ops.step.spec import HYPERPARAMETER_NAMES
 
 # LUMA may anchor the rows of linear layers, but never a transposed convolution.
 _PLAIN = {"exp_scale": False, "zmg": 0.0, "luma": 0.0, "grad_norm": 0.0, "max_filter_dim": 2}
@@ -35,20 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """The settings of each group; the optimizer's defaults hold for everything else."""
 
-HYPERPARAMETERS = (
-    "lr",
-    "momentum",
-    "dampening",
-    "weight_decay",
-    "nesterov",
-    "maximize",
-    "zmg",
-    "luma",
-    "grad_norm",
-    "exp_scale",
-    "master_weights",
-    "capturable",
-)
+HYPERPARAMETERS = (*HYPERPARAMETER_NAMES, "exp_scale", "master_weights", "capturable")
 """The settings that a group of `FusedCZMSGD` can have."""
 
 

@@ -13,10 +13,11 @@ from czm_fused.ops.step.descriptors import Hyperparameters, StepTensor
 from czm_fused.ops.step.device_table import DeviceTable
 from czm_fused.ops.step.spec import StepFlag
 from czm_fused.ops.step.tensors import TensorReader
+from helpers.cases import Options
 
 CPU = torch.device("cpu")
 FILTER = StepFlag.MOMENTUM | StepFlag.EXP_SCALE | StepFlag.ZERO_MEAN | StepFlag.ANCHOR
-HYPERPARAMETERS = Hyperparameters([[0.1, 0.9, 0.0, 0.0, 0.85, 5e-4, 0.0, 0.0]])
+HYPERPARAMETERS = Hyperparameters([Options().row()])
 
 
 class StubbedStep(cuda.CudaStep):
