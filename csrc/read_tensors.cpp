@@ -11,8 +11,10 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "descriptors.h"
+#include "tensor_records.h"
 
 // DLPack's header is plain C and no part of torch's ABI.
 #undef TORCH_TARGET_VERSION
@@ -27,7 +29,7 @@ struct Release {
 using Owned = std::unique_ptr<PyObject, Release>;
 
 // torch's own objects, passed with each call: (exchange API, Tensor, Parameter, Tensor.grad, the method
-// is_neg of some tensor, Tensor.storage_offset).
+// is_neg of some tensor, Tensor.storage_offset, that tensor, the address of its storage).
 struct Torch {
   DLPackDLTensorFromPyObjectNoSync read;
   PyObject *tensor_type, *parameter_type, *grad, *storage_offset;
@@ -48,6 +50,14 @@ struct Torch {
     if (PyCFunction_GetFlags(method) != METH_NOARGS)
       PyErr_SetString(PyExc_TypeError, "torch.Tensor.is_neg takes arguments");
     storage_offset = PyTuple_GetItem(objects, 5);
+  }
+
+  // `objects` as the constructor takes them.
+  TensorRecords learn_records(PyObject* objects) const {
+    PyObject* const tensor = PyTuple_GetItem(objects, 6);
+    DLTensor sample;
+    if (!tensor || read(tensor, &sample) != 0) return {};
+    return {tensor, sample.shape, PyLong_AsUnsignedLongLong(PyTuple_GetItem(objects, 7))};
   }
 
   // A subclass may be anything.
@@ -108,27 +118,61 @@ class Layout {
   const int64_t* words_;
 };
 
+// A tensor to be read.
+struct Found {
+  PyObject* object;  // null if it was not found
+  Layout layout;
+  // An address at which this tensor's memory was found readable before, or 0: asking for the negative
+  // bit takes longer than all else.
+  int64_t known;
+  int64_t* address;  // where it is to be written
+  Py_ssize_t param;  // whose tensor it is
+};
+
 class Reader {
  public:
-  Reader(const Torch& torch, const int64_t* device)
-      : torch_(torch), device_type_(device[0]), device_id_(device[1]) {}
+  Reader(const Torch& torch, const TensorRecords& records, const int64_t* device)
+      : torch_(torch), records_(records), device_type_(device[0]), device_id_(device[1]) {}
 
-  // Writes the tensor's address, or returns false if it is not as the layout says. `known` is an address
-  // at which this tensor's memory was found readable before, or 0: asking for the negative bit takes
-  // longer than all else.
-  bool read(PyObject* object, const Layout& layout, int64_t known, int64_t* address) const {
-    DLTensor tensor;
-    if (!object || !torch_.is_plain(object) || torch_.read(object, &tensor) != 0) return false;
-    if (tensor.device.device_type != device_type_ || tensor.device.device_id != device_id_ ||
-        !layout.matches(tensor))
-      return false;
-    *address = reinterpret_cast<int64_t>(tensor.data);
-    if ((*address && *address == known) || layout.is_empty()) return true;
-    return torch_.has_memory(object, tensor) && !torch_.has_negative_bit(object);
+  // Writes the addresses of all tensors. Returns the first that is not as its layout says, or null.
+  const Found* read(const std::vector<Found>& found) const {
+    // As many at once as a small cache holds.
+    constexpr size_t kAtOnce = 64;
+    const Found* const end = found.data() + found.size();
+    for (const Found* batch = found.data(); batch < end; batch += kAtOnce) {
+      const Found* const batch_end = end - batch < ptrdiff_t(kAtOnce) ? end : batch + kAtOnce;
+      fetch(batch, batch_end);
+      for (const Found* tensor = batch; tensor < batch_end; ++tensor)
+        if (!read(*tensor)) return tensor;
+    }
+    return nullptr;
   }
 
  private:
+  CZM_PREFETCHES void fetch(const Found* begin, const Found* end) const {
+    for (const Found* tensor = begin; tensor < end; ++tensor) records_.fetch_object(tensor->object);
+    for (const Found* tensor = begin; tensor < end; ++tensor)
+      if (is_plain(*tensor)) records_.fetch_record(tensor->object);
+    for (const Found* tensor = begin; tensor < end; ++tensor)
+      if (is_plain(*tensor)) records_.fetch_storage(tensor->object);
+  }
+
+  bool is_plain(const Found& found) const { return found.object && torch_.is_plain(found.object); }
+
+  bool read(const Found& found) const {
+    DLTensor tensor;
+    if (!is_plain(found) || torch_.read(found.object, &tensor) != 0) return false;
+    if (tensor.device.device_type != device_type_ || tensor.device.device_id != device_id_ ||
+        !found.layout.matches(tensor))
+      return false;
+    const auto address = reinterpret_cast<int64_t>(tensor.data);
+    *found.address = address;
+    if ((address && address == found.known) || found.layout.is_empty()) return true;
+    return torch_.has_memory(found.object, tensor) && !torch_.has_negative_bit(found.object);
+  }
+
   const Torch& torch_;
+  const TensorRecords& records_;
   int64_t device_type_, device_id_;
 };
 
@@ -154,10 +198,10 @@ class States {
   Py_ssize_t next_[kStateCount] = {};
 };
 
-// Reads one parameter. Returns false if it, its gradient or its state is not as planned.
-bool read_param(const Reader& reader, const int64_t* layouts, PyObject* param, PyObject* grad,
-                States& states, Py_ssize_t index, const TensorDescriptor* before,
-                TensorDescriptor& descriptor, int64_t* grad_address) {
+// Appends the tensors of one parameter. Returns false if it has a gradient, but no place in the plan.
+bool find_param(const int64_t* layouts, PyObject* param, PyObject* grad, States& states,
+                Py_ssize_t index, const TensorDescriptor* before, TensorDescriptor& descriptor,
+                int64_t* grad_address, std::vector<Found>& found) {
   static constexpr TensorDescriptor kUnknown{};
   if (!before) before = &kUnknown;
   const bool is_planned = *layouts++ != 0;
@@ -165,15 +209,15 @@ bool read_param(const Reader& reader, const int64_t* layouts, PyObject* param, P
   if (grad == Py_None) return true;
   if (!is_planned) return false;
   const Layout layout(layouts);
-  if (!reader.read(param, layout, before->param, &descriptor.param)) return false;
-  if (!reader.read(grad, layout, 0, grad_address)) return false;
+  found.push_back({param, layout, before->param, &descriptor.param, index});
+  found.push_back({grad, layout, 0, grad_address, index});
   layouts = layout.end();
   const int64_t* const known = &before->param + 1;
   int64_t* const addresses = &descriptor.param + 1;
   for (int name = 0; name < kStateCount; ++name) {
     if (*layouts++ == 0) continue;
     const Layout state(layouts);
-    if (!reader.read(states.get(index, name), state, known[name], addresses + name)) return false;
+    found.push_back({states.get(index, name), state, known[name], addresses + name, index});
     layouts = state.end();
   }
   return true;
@@ -253,20 +297,27 @@ PyObject* read_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
 
   // The device, then for each parameter the number of its words and these.
   const auto* words = reinterpret_cast<const int64_t*>(layouts);
-  const Reader reader(torch, words);
+  const TensorRecords records = torch.learn_records(arguments[0]);
+  const Reader reader(torch, records, words);
   words += 2;
   States states(arguments[6], arguments[3]);
+  Py_ssize_t wrong = params_count;
   bool is_complete = true;
-  for (Py_ssize_t i = 0; i < params_count; ++i) {
-    if (!read_param(reader, words + 1, PyList_GetItem(params, i), PyList_GetItem(grads, i), states, i,
-                    before ? before + i : nullptr, descriptors[i], grad_addresses + i)) {
-      // Whatever made a tensor unreadable is told by its name, in Python.
-      PyErr_Clear();
-      return PyLong_FromSsize_t(i);
-    }
-    is_complete &= grad_addresses[i] != 0;
+  std::vector<Found> found;
+  for (Py_ssize_t i = 0; i < params_count && wrong == params_count; ++i) {
+    PyObject* const grad = PyList_GetItem(grads, i);
+    if (!find_param(words + 1, PyList_GetItem(params, i), grad, states, i,
+                    before ? before + i : nullptr, descriptors[i], grad_addresses + i, found))
+      wrong = i;
     words += *words;
   }
+  if (const Found* const tensor = reader.read(found)) wrong = tensor->param;
+  if (wrong < params_count) {
+    // Whatever made a tensor unreadable is told by its name, in Python.
+    PyErr_Clear();
+    return PyLong_FromSsize_t(wrong);
+  }
+  for (Py_ssize_t i = 0; i < params_count; ++i) is_complete &= grad_addresses[i] != 0;
   return PyTuple_Pack(2, result.get(), is_complete ? Py_True : Py_False);
 }
 

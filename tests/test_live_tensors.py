@@ -68,6 +68,24 @@ def test_gradients_and_state_are_found_in_any_order(is_native, monkeypatch):
         assert all(a is state.get(p) for a, p in zip(states, params, strict=True))
 
 
+@pytest.mark.parametrize(
+    "sample", [torch.empty(0), torch.empty([1] * 6), torch.empty(()), nn.Parameter(torch.empty(2))]
+)
+@pytest.mark.parametrize("storage", ["its own", 0, 1, 2**64 - 8])
+def test_whatever_is_learned_of_records(sample, storage, monkeypatch):
+    if tensors.native_module() is None:
+        pytest.skip("the native cpu module is not built")
+    if storage == "its own":
+        storage = sample.untyped_storage()._cdata
+    objects = (*tensors._torch_objects()[:-2], sample, storage)
+    monkeypatch.setattr(tensors, "_torch_objects", lambda: objects)
+    # More tensors than are fetched at once, some with sizes outside their records.
+    optimizers = twins(*[[3, 2]] * 90, *[[2, 1, 1, 1, 1, 3]] * 10, momentum=0.9)
+    for seed in range(3):
+        step(optimizers, seed)
+    assert_alike(optimizers)
+
+
 @on_every_backend
 def test_gradients_with_a_negative_bit(backend):
     w = nn.Parameter(torch.tensor([0.5]))

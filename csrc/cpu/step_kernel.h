@@ -7,13 +7,10 @@
 #include <cstdint>
 
 #include "../descriptors.h"
+#include "../prefetch.h"
 #include "simd.h"
 
 #include "../update_rule.h"
-
-// GCC takes a function that does nothing but prefetch for one without effect, and drops its calls if it
-// has not inlined them before.
-#define CZM_PREFETCHES __attribute__((always_inline)) inline
 
 namespace czm {
 inline namespace CZM_ARCH {

@@ -224,13 +224,16 @@ def native_module() -> ModuleType | None:
 
 @functools.cache
 def _torch_objects() -> tuple[object, ...]:
+    tensor = torch.empty(1, device="cpu")
     return (
         torch.Tensor.__dlpack_c_exchange_api__,
         torch.Tensor,
         torch.nn.Parameter,
         torch.Tensor.grad,
-        torch.empty(0, device="cpu").is_neg,
+        tensor.is_neg,
         torch.Tensor.storage_offset,
+        tensor,
+        getattr(tensor.untyped_storage(), "_cdata", 0),
     )
 
 
