@@ -8,6 +8,8 @@
 // that was resized to nothing.
 #include "read_tensors.h"
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -88,6 +90,20 @@ struct Torch {
   }
 };
 
+// As many tensors as a small cache holds all of.
+constexpr ptrdiff_t kFetchedAtOnce = 64;
+
+// Fetches the next parameters, and what finding their gradients takes.
+void fetch_params(const Torch& torch, const TensorRecords& records, PyObject* params, Py_ssize_t begin) {
+  const Py_ssize_t end = std::min<Py_ssize_t>(PyList_Size(params), begin + kFetchedAtOnce);
+  const auto param = [&](Py_ssize_t i) { return PyList_GetItem(params, i); };
+  for (Py_ssize_t i = begin; i < end; ++i) records.fetch_object(param(i));
+  for (Py_ssize_t i = begin; i < end; ++i)
+    if (torch.is_plain(param(i))) records.fetch_record(param(i));
+  for (Py_ssize_t i = begin; i < end; ++i)
+    if (torch.is_plain(param(i))) records.fetch_named(param(i));
+}
+
 // What a tensor must be, as written by czm_fused/ops/step/tensors.py: dtype, dimensions, sizes,
 // strides. A stride of -1 may be anything.
 class Layout {
@@ -136,11 +152,9 @@ class Reader {
 
   // Writes the addresses of all tensors. Returns the first that is not as its layout says, or null.
   const Found* read(const std::vector<Found>& found) const {
-    // As many at once as a small cache holds.
-    constexpr size_t kAtOnce = 64;
     const Found* const end = found.data() + found.size();
-    for (const Found* batch = found.data(); batch < end; batch += kAtOnce) {
-      const Found* const batch_end = end - batch < ptrdiff_t(kAtOnce) ? end : batch + kAtOnce;
+    for (const Found* batch = found.data(); batch < end; batch += kFetchedAtOnce) {
+      const Found* const batch_end = batch + std::min(end - batch, kFetchedAtOnce);
       fetch(batch, batch_end);
       for (const Found* tensor = batch; tensor < batch_end; ++tensor)
         if (!read(*tensor)) return tensor;
@@ -238,11 +252,13 @@ PyObject* find_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   const Torch torch(arguments[0]);
   if (PyErr_Occurred()) return nullptr;
   PyObject *const params = arguments[1], *const state = arguments[2];
+  const TensorRecords records = torch.learn_records(arguments[0]);
   const Py_ssize_t params_count = PyList_Size(params);
   const Owned grads(PyList_New(params_count)), states(PyList_New(params_count));
   if (!grads || !states) return nullptr;
   Py_ssize_t position = 0;
   for (Py_ssize_t i = 0; i < params_count; ++i) {
+    if (i % kFetchedAtOnce == 0) fetch_params(torch, records, params, i);
     PyObject* const param = PyList_GetItem(params, i);
     PyObject* const grad = param ? torch.grad_of(param) : nullptr;
     if (!grad) return nullptr;

@@ -29,7 +29,8 @@ class TensorRecords {
       if (words[n] == 0 || words[n] > end || end - words[n] >= kRecordBytes) continue;
       record_ = n;
       const auto* const record = reinterpret_cast<const uint64_t*>(words[n]);
-      for (size_t k = 0; k < (end - words[n]) / sizeof(uint64_t); ++k)
+      named_ = (end - words[n]) / sizeof(uint64_t);
+      for (size_t k = 0; k < named_; ++k)
         if (storage && record[k] == storage) storage_ = k;
       return;
     }
@@ -46,11 +47,21 @@ class TensorRecords {
   CZM_PREFETCHES void fetch_storage(PyObject* object) const {
     if (!storage_) return;
     const auto* const record = static_cast<const void* const*>(record_of(object));
-    if (record) fetch(record[storage_], kStorageBytes);
+    if (record) fetch(record[storage_], kNamedBytes);
+  }
+
+  // All that the record names before the sizes: of a parameter autograd's data and the version, too.
+  CZM_PREFETCHES void fetch_named(PyObject* object) const {
+    if (!record_) return;
+    const auto* const record = static_cast<const void* const*>(record_of(object));
+    for (size_t k = 0; record && k < named_; ++k)
+      if (reinterpret_cast<uint64_t>(record[k]) >= kLeastAddress) fetch(record[k], kNamedBytes);
   }
 
  private:
-  static constexpr size_t kLineBytes = 64, kRecordBytes = 256, kStorageBytes = 128;
+  static constexpr size_t kLineBytes = 64, kRecordBytes = 256, kNamedBytes = 128;
+  // Words below are numbers.
+  static constexpr uint64_t kLeastAddress = uint64_t(1) << 40;
 
   static size_t object_words(PyObject* object) {
     PyObject* const size =
@@ -72,6 +83,7 @@ class TensorRecords {
 
   // Words of an object and of a record; 0 where it was not found.
   size_t record_ = 0, storage_ = 0;
+  size_t named_ = 0;  // words of a record before its sizes
 };
 
 }  // namespace czm
