@@ -40,9 +40,9 @@ def center_(model: nn.Module, example_input: Any) -> int:
     A convolution of exactly torch's class becomes the `CZMConv` of its number of dimensions; so
     call this first before the model is compiled or sharded. Convolutions without a bias, of classes
     of their own, with a hook or parametrization on the weight, or that do not run, are left as they
-    are. Under `torch.distributed` every process has to call this; the means are averaged over them.
-    Averaged copies of the model are made after the first call and average buffers as well, as
-    `torch.optim.swa_utils.AveragedModel(model, use_buffers=True)` does.
+    are. Under `torch.distributed` every process has to call this; the means are those of all
+    their inputs. Averaged copies of the model are made after the first call and average buffers as
+    well, as `torch.optim.swa_utils.AveragedModel(model, use_buffers=True)` does.
 
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
         >>> center_(network, torch.rand(16, 3, 8, 8))
@@ -120,8 +120,8 @@ class _Means:
 
     def __init__(self, convolutions: dict[str, Any]) -> None:
         self.convolutions = convolutions
+        # Of each channel, the sum and, last, the number of what was summed.
         self.sums: dict[str, Tensor] = {}
-        self.runs: dict[str, int] = {}
 
     def hooks(self) -> Iterator[Any]:
         for name, convolution in self.convolutions.items():
@@ -132,20 +132,20 @@ class _Means:
     def _measure(self, name: str, x: Tensor) -> None:
         channels = x.dim() - self.convolutions[name].weight.dim() + 1
         others = [each for each in range(x.dim()) if each != channels]
-        mean = x.detach().mean(dim=others, dtype=compute_dtype(x.dtype))
-        self.sums[name] = self.sums[name] + mean if name in self.sums else mean
-        self.runs[name] = self.runs.get(name, 0) + 1
+        sums = x.detach().sum(dim=others, dtype=compute_dtype(x.dtype))
+        count = sums.new_full((1,), x.numel() / max(1, len(sums)))
+        sums = torch.cat([sums, count])
+        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
     def averaged(self) -> dict[str, Tensor]:
-        """Return the means by name, the same on every process."""
-        means = {name: total / self.runs[name] for name, total in self.sums.items()}
-        if means and torch.distributed.is_available() and torch.distributed.is_initialized():
-            flat = torch.cat([*means.values()])
+        """Return the means by name, over the inputs of all processes."""
+        sums = self.sums
+        if sums and torch.distributed.is_available() and torch.distributed.is_initialized():
+            flat = torch.cat([*sums.values()])
             torch.distributed.all_reduce(flat)
-            flat /= torch.distributed.get_world_size()
-            parts = flat.split_with_sizes([len(mean) for mean in means.values()])
-            means = dict(zip(means, parts, strict=True))
-        return means
+            parts = flat.split_with_sizes([len(each) for each in sums.values()])
+            sums = dict(zip(sums, parts, strict=True))
+        return {name: each[:-1] / each[-1] for name, each in sums.items()}
 
 
 def _can_be_centered(convolution: Any) -> bool:

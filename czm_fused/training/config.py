@@ -19,7 +19,10 @@ PlotFormat: TypeAlias = Literal["png", "svg", "pdf"]
 _CZM = dict(lr=0.4, head_lr=0.1, zmg=0.85, luma=5e-4, weight_decay=0.0, noise=0.1)
 _SGD = dict(lr=0.1, zmg=0.0, luma=0.0, weight_decay=5e-4, noise=0.0)
 METHOD_DEFAULTS = {"czmig": _CZM, "czmi": {**_CZM, "zmg": 0.0}, "bn": _SGD, "plain": _SGD}
-_SGD_HAS_NO = ("zmg", "luma", "classifier_luma", "head_lr", "gain", "stem")
+_SGD_HAS_NO = (
+    "zmg", "luma", "classifier_luma", "grad_norm", "center_every", "head_lr", "bias_lr", "gain",
+    "stem",
+)  # fmt: skip
 WITHOUT_EFFECT = {
     "czmig": (),
     "czmi": ("zmg",),
@@ -39,7 +42,7 @@ LOCAL = frozenset("device backend cuda_graph out data_dir cache_dir download plo
 
 # Also of the options that studies add.
 _LEAST = {"epochs": 1, "batch_size": 1, "seeds": 1, "trials": 1, "heartbeat": 1}
-_LEAST |= {"crop_padding": 0, "hold_out": 0, "seed": 0}
+_LEAST |= {"crop_padding": 0, "hold_out": 0, "seed": 0, "center_every": 0}
 _DEPENDS: Any = None  # on the method or the data set
 
 
@@ -90,6 +93,8 @@ class Config:
     """Learning rate of the filters."""
     head_lr: float | None = None
     """Learning rate of the classifier and all biases; bn and plain have one rate for all."""
+    bias_lr: float | None = None
+    """Learning rate of the convolutions' biases (default: --head-lr)."""
     schedule: Literal["steps", "cosine"] = "steps"
     """Of all learning rates: steps at the milestones, or half a cosine over all epochs."""
     milestones: tuple[int, ...] | None = None
@@ -104,6 +109,11 @@ class Config:
     """Strength of L2 unity-magnitude anchoring, which holds filters at unit magnitude."""
     classifier_luma: float | None = None
     """The same for the rows of the classifier (default: --luma)."""
+    grad_norm: float = 0.0
+    """Norm that the gradient by every filter's direction gets; 0 leaves it as it is."""
+    center_every: int = 0
+    """Every so many steps, measure the mean of what the convolutions read on the batch at hand, and
+    let them read their input relative to it from then on (those with a bias); 0: never."""
     noise: float = _DEPENDS
     """Multiply the inputs of the residual units by U(1 - noise, 1 + noise)."""
     noise_on: Literal["unit", "branch"] = "unit"
@@ -178,6 +188,8 @@ class Config:
                 raise TrainingError(
                     f"{option(name)} must be at least {_LEAST[name]}, but was {value}"
                 )
+        if config.center_every and config.cuda_graph:
+            raise TrainingError("--center-every is no part of a --cuda-graph: leave one out")
         drops = list(config.rate_drops)
         if any(epoch < 1 for epoch in drops) or drops != sorted(set(drops)):
             raise TrainingError(f"--milestones must be increasing epochs, but were {drops}")

@@ -13,6 +13,7 @@ from ..models import cifar_resnet
 from ..ops.step.reference import filter_norms
 from ..optim import FusedCZMSGD
 from .config import Config
+from .errors import TrainingError
 
 _NORMS = {"czmig": "czm", "czmi": "czm", "bn": "bn", "plain": "none"}
 
@@ -25,6 +26,8 @@ def uses_czm(config: Config) -> bool:
 @torch.no_grad()
 def build_model(config: Config, *, in_channels: int, num_classes: int) -> nn.Module:
     """Return the method's network, initialised from torch's default generator."""
+    if config.center_every and not config.residual_bias:
+        raise TrainingError("--center-every acts on convolutions with a bias: add --residual-bias")
     model = cifar_resnet(
         config.depth,
         norm=_NORMS[config.method],
@@ -62,8 +65,12 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         "plain": {"exp_scale": False, "luma": 0.0},
     }[config.stem]
     rest = {"lr": config.head_lr, "luma": config.as_dict()["classifier_luma"]}
-    groups = czm_param_groups(model, overrides={"stem": stem, "rest": rest})
-    common |= {"zmg": config.zmg, "luma": config.luma, "backend": config.backend}
+    overrides = {"stem": stem, "rest": rest}
+    if config.bias_lr is not None:
+        overrides["bias"] = {**rest, "lr": config.bias_lr}
+    groups = czm_param_groups(model, overrides=overrides)
+    common |= {"zmg": config.zmg, "luma": config.luma, "grad_norm": config.grad_norm}
+    common["backend"] = config.backend
     return FusedCZMSGD(groups, **common)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..centering import center_, uncenter_
 from ..diagnostics import diagnose
 from .batches import TEST_BATCH_SIZE, DeviceBatches, LoaderBatches
 from .captured import CapturedStep
@@ -58,6 +59,7 @@ class Trainer:
     ) -> None:
         self.config, self.device, self.ranks = config, device, ranks or Ranks()
         self.epoch = 0
+        self._steps = 0  # of the epoch
         torch.manual_seed(config.seed)
         if model is None:
             channels = data.train.pixels.shape[1]
@@ -97,6 +99,7 @@ class Trainer:
         Raises DivergedError, which names the epoch and the step, where the loss is not finite.
         """
         self.model.train()
+        self._steps = 0
         title = f"epoch {self.epoch + 1}/{self.config.epochs}"
         with self._context():
             groups = self.optimizer.param_groups
@@ -104,6 +107,9 @@ class Trainer:
                 rate *= self._rate_factor()
                 group["lr"] = tensor.fill_(rate) if self.config.cuda_graph else rate
             result = self._pass(self.batches.training(), self._train, title)
+        if self.config.center_every:
+            # The state of the network is a plain one's between two epochs.
+            uncenter_(self.model)
         self.epoch += 1
         return result
 
@@ -187,6 +193,13 @@ class Trainer:
         """Take a step; return the sum of the losses, the right answers and the images."""
         is_full = len(labels) == self.config.batch_size
         network = self._compiled if self._compiled is not None and is_full else self._network
+        every = self.config.center_every
+        # Every process has images then.
+        if every and self._steps % every == 0 and len(labels) >= self.ranks.size:
+            share = self.ranks.share(len(labels))
+            with explained("--center-every"):
+                center_(self.model, self._lay_out(self.batches.normalise(pixels[share])))
+        self._steps += 1
         loss, sums = self._forward(network, pixels, labels)
         self.optimizer.zero_grad()
         # The gradients of the processes are averaged, the losses are parts of a sum.

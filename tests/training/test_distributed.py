@@ -22,6 +22,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # 898 images: the last batch has one, and so none for the first of two processes.
 RUN = ["--depth", "8", "--epochs", "1", "--device", "cpu", "--flip", "--noise", "0"]
 RUN += ["--batch-size", "69", "--last-batch", "keep"]
+RUN += ["--residual-bias", "--center-every", "5"]
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,21 @@ def interrupt_at(monkeypatch, step_to_die_in):
     monkeypatch.setattr(Trainer, "_train_step", step)
 
 
+CENTERED = ["--residual-bias", "--center-every", "2", "--grad-norm", "0.1", "--bias-lr", "0.01"]
+
+
 @pytest.mark.parametrize(
-    ("method", "epochs_done"), [("czmig", 0), ("czmig", 2), ("czmig", 3), ("bn", 2)]
+    ("method", "epochs_done", "more"),
+    [
+        ("czmig", 0, []),
+        ("czmig", 2, []),
+        ("czmig", 3, []),
+        ("czmig", 2, CENTERED),
+        ("bn", 2, []),
+    ],
 )
-def test_resume_equals_uninterrupted(train, tmp_path, monkeypatch, method, epochs_done):
-    options = ["--method", method, "--noise", "0.2", "--flip", "--milestones", "1", "3"]
+def test_resume_equals_uninterrupted(train, tmp_path, monkeypatch, method, epochs_done, more):
+    options = ["--method", method, "--noise", "0.2", "--flip", "--milestones", "1", "3", *more]
     assert train(*options, out=tmp_path / "whole")[0] == 0
 
     with monkeypatch.context() as patch:
