@@ -40,8 +40,7 @@ template <class Stored> struct Filter {
   Stored* momentum;    // null without momentum
   int16_t* remainder;  // null if `weight` is all there is of the weights
   int64_t numel;
-  // Weights from here to what is fetched ahead; 0 leaves that to the hardware.
-  int64_t prefetch;
+  int64_t prefetch;  // weights from here to what is fetched ahead
 
   Filter from(int64_t offset) const {
     return {weight + offset,
@@ -149,7 +148,6 @@ FilterSums<opmath_type<Stored>> sum_products(const Filter<Stored>& filter) {
 
 template <class Stored>
 CZM_PREFETCHES void prefetch(const Filter<Stored>& filter, int64_t i) {
-  if (!filter.prefetch) return;
   __builtin_prefetch(filter.grad + i + filter.prefetch, 0, 3);
   __builtin_prefetch(filter.weight + i + filter.prefetch, 1, 3);
   prefetch_momentum(filter, i);
@@ -188,25 +186,16 @@ inline void update_first_of_vector(const Filter<Stored>& filter, int64_t i,
   if (filter.momentum) store_first(filter.momentum + i, momentum, count);
 }
 
-template <bool hints, class Stored, class T>
-inline void update_stream(const Filter<Stored>& filter, const FilterRule<T>& rule, T removed) {
-  constexpr int lanes = kLanes<opmath_type<Stored>>;
-  int64_t i = 0;
-  for (; i + lanes <= filter.numel; i += lanes) {
-    if constexpr (hints) prefetch(filter, i);
-    update_vector(filter, i, rule, grad_vector(filter, i, rule), removed);
-  }
-  if (i < filter.numel) update_first_of_vector(filter, i, rule, removed, filter.numel - i);
-}
-
 // All weights of `filter`, with the same mean removed from each.
 template <class Stored, class T>
 inline void update_with_mean(const Filter<Stored>& filter, const FilterRule<T>& rule, T removed) {
-  if (filter.prefetch) {
-    update_stream<true>(filter, rule, removed);
-  } else {
-    update_stream<false>(filter, rule, removed);
+  constexpr int lanes = kLanes<opmath_type<Stored>>;
+  int64_t i = 0;
+  for (; i + lanes <= filter.numel; i += lanes) {
+    prefetch(filter, i);
+    update_vector(filter, i, rule, grad_vector(filter, i, rule), removed);
   }
+  if (i < filter.numel) update_first_of_vector(filter, i, rule, removed, filter.numel - i);
 }
 
 // A running sum whose error does not grow with the number of terms (Kahan).
@@ -351,8 +340,9 @@ void step_tensor(const TensorDescriptor& descriptor, int64_t grad, const GroupDe
   const bool is_first = descriptor.step && *reinterpret_cast<const float*>(descriptor.step) == 0;
   const auto hyper = hyperparameters_of<opmath_t>(group, descriptor.momentum_buffer != 0, is_first,
                                                   opmath_t(inverse_scale));
-  // Hardware follows a stream by itself. What two passes over a filter do to memory is no stream: hints
-  // into L1 made the kernel 3 to 8 % faster on AMD and up to 8 % on Intel, hints into L2 less or none.
+  // Hints into L1 made the kernel 3 to 8 % faster on AMD and up to 8 % on Intel, hints into L2 less or
+  // none. Tensors of one pass are a stream, which hardware follows by itself, but not into the next
+  // page: there they gain 1 to 2 % on AMD.
   const int64_t least_prefetch = kPrefetchBytes / int64_t(sizeof(Stored));
   const int64_t prefetch =
       descriptor.filter_numel > least_prefetch ? descriptor.filter_numel : least_prefetch;
@@ -362,7 +352,7 @@ void step_tensor(const TensorDescriptor& descriptor, int64_t grad, const GroupDe
       reinterpret_cast<Stored*>(descriptor.momentum_buffer),
       reinterpret_cast<int16_t*>(descriptor.param_remainder),
       descriptor.numel,
-      descriptor.needs_sums ? prefetch : 0};
+      prefetch};
   for (int64_t number = first_filter; number < last_filter; ++number) {
     Filter<Stored> filter = tensor.from(number * descriptor.filter_numel);
     if (filter.numel > descriptor.filter_numel) filter.numel = descriptor.filter_numel;
