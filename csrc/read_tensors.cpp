@@ -152,11 +152,12 @@ class Reader {
 
   // Writes the addresses of all tensors. Returns the first that is not as its layout says, or null.
   const Found* read(const std::vector<Found>& found) const {
-    const Found* const end = found.data() + found.size();
-    for (const Found* batch = found.data(); batch < end; batch += kFetchedAtOnce) {
-      const Found* const batch_end = batch + std::min(end - batch, kFetchedAtOnce);
-      fetch(batch, batch_end);
-      for (const Found* tensor = batch; tensor < batch_end; ++tensor)
+    const auto count = static_cast<ptrdiff_t>(found.size());
+    for (ptrdiff_t begin = 0; begin < count; begin += kFetchedAtOnce) {
+      const Found* const batch = found.data() + begin;
+      const Found* const end = batch + std::min(count - begin, kFetchedAtOnce);
+      fetch(batch, end);
+      for (const Found* tensor = batch; tensor < end; ++tensor)
         if (!read(*tensor)) return tensor;
     }
     return nullptr;

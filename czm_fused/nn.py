@@ -28,17 +28,47 @@ def residual_tail(x: Tensor, residual: Tensor | None, amplitude: float, training
         return functional.add_relu_noise(x, residual, amplitude, training)
     total = x if residual is None else x + residual
     if training and amplitude > 0:
-        total = _multiply_by_noise(total, amplitude)
+        shape = list(total.shape[:2]) + [1] * (total.dim() - 2)
+        noise = torch.rand(shape, dtype=total.dtype, device=total.device)
+        total = total * (1 - amplitude + 2 * amplitude * noise)
     return torch.relu(total)
 
 
+class _MultiplyByNoise(torch.autograd.Function):
+    """x * (1 + step * levels), which saves the levels alone, a byte each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, levels: Tensor, step: float) -> Tensor:
+        ctx.save_for_backward(levels)
+        ctx.save_for_forward(levels)
+        ctx.step = step
+        return torch.addcmul(x, x, levels, value=step)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (levels,) = ctx.saved_tensors
+        return torch.addcmul(grad, grad, levels, value=ctx.step), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        (levels,) = ctx.saved_tensors
+        return torch.addcmul(tangent, tangent, levels, value=ctx.step)
+
+
 def _multiply_by_noise(x: Tensor, amplitude: float) -> Tensor:
+    shape = list(x.shape[:2]) + [1] * (x.dim() - 2)
+    levels = torch.randint(-127, 128, shape, dtype=torch.int8, device=x.device)
+    step = amplitude / 127.5
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        noise = functional.draw_noise(x, amplitude).to(x.dtype)
-    else:
-        noise = torch.rand(x.shape[:2], dtype=x.dtype, device=x.device)
-        noise = 1 - amplitude + 2 * amplitude * noise
-    return x * noise.view(list(x.shape[:2]) + [1] * (x.dim() - 2))
+        # A compiler chooses for itself what to save; a trace and torch.func know no such function.
+        if not (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active()
+        ):
+            result: Tensor = _MultiplyByNoise.apply(x, levels, step)
+            return result
+    return torch.addcmul(x, x, levels, value=step)
 
 
 # torch.fx records a call instead of tracing what it does with shapes.
@@ -395,7 +425,8 @@ class ChannelNoise(nn.Module):
     """Multiply every channel of every sample by u ~ U(1 - amplitude, 1 + amplitude) in training.
 
     `convert(model, noise=amplitude)` puts it in the place of a BatchNorm (the noise of paper
-    section 4.4). Backward needs u, of shape (N, channels), and nothing else.
+    section 4.4). u is one of 255 numbers, equally far apart and around 1; backward needs its index,
+    a byte for each sample and channel, and nothing else.
 
     Args:
         amplitude: half the width of the noise, in [0, 1). Also an attribute, which may be set at

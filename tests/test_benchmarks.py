@@ -353,5 +353,5 @@ def test_committed_results_are_rows(rows):
     if not files:
         pytest.skip("no results beside the benchmarks")
     for file in files:
-        question = re.split("_(?:resnet|vgg|amd|granite|bfloat16)", file.stem)[0]
+        question = re.split("_(?:resnet|vgg|amd|granite|cascade|bfloat16)", file.stem)[0]
         assert {row.benchmark for row in rows.read(file)} == {question}

@@ -436,18 +436,6 @@ def test_noise_takes_the_place_of_batch_norm():
     assert noise.eval()(ones) is ones
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_noise_saves_its_factors_and_nothing_else(dtype):
-    saved = []
-    x = torch.randn(4, 3, 16, 16, dtype=dtype, requires_grad=True)
-    noise = ChannelNoise(0.1)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = noise(x)
-    assert y.dtype == dtype and sum(t.numel() for t in saved) == 4 * 3
-    y.sum().backward()
-    torch.testing.assert_close(x.grad * x, y, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_noise_shields_its_input_from_changes_in_place(training):
     def function(m, x):
@@ -463,9 +451,3 @@ def test_noise_shields_its_input_from_changes_in_place(training):
     result = model.train(training)(images)
     torch.manual_seed(1)
     torch.testing.assert_close(result, y + F.relu(model.norm(y)), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("amplitude", [-0.1, 1.0, float("nan")])
-def test_channel_noise_refuses_other_amplitudes(amplitude):
-    with pytest.raises(ValueError, match=r"amplitude must be in \[0, 1\)"):
-        ChannelNoise(amplitude)
