@@ -58,7 +58,10 @@ struct Torch {
   TensorRecords learn_records(PyObject* objects) const {
     PyObject* const tensor = PyTuple_GetItem(objects, 6);
     DLTensor sample;
-    if (!tensor || read(tensor, &sample) != 0) return {};
+    if (!tensor || read(tensor, &sample) != 0) {
+      PyErr_Clear();
+      return {};
+    }
     return {tensor, sample.shape, PyLong_AsUnsignedLongLong(PyTuple_GetItem(objects, 7))};
   }
 

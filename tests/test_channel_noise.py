@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from czm_fused._internal.residual import branch_ends
 from czm_fused.nn import ChannelNoise
+from helpers.conversion import Function, conv
 
 SHAPES = [(4, 3), (4, 3, 16), (4, 3, 16, 16), (1, 5, 3, 1), (2, 3, 4, 5, 6), (0, 3, 2, 2)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -138,6 +140,18 @@ def test_the_next_layer_may_change_the_result_in_place():
     y = noisy(x).relu_()
     y.sum().backward()
     torch.testing.assert_close(x.grad, factors(x) * (y > 0))
+
+
+def test_the_ends_of_branches_are_found_behind_noise():
+    modules = {"first": conv(3), "second": conv(), "third": conv(), "noise": ChannelNoise(0.3)}
+
+    def function(m, x):
+        x = m.first(x)
+        return m.noise(m.third(torch.relu(m.noise(m.second(x))))) + x
+
+    model = Function(function, **modules)
+    convolutions = {name: modules[name] for name in ("first", "second", "third")}
+    assert branch_ends(model, convolutions, torch.randn(2, 3, 8, 8)) == {"third"}
 
 
 @pytest.mark.parametrize("amplitude", [-0.1, 1.0, float("nan")])

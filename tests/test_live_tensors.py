@@ -69,7 +69,14 @@ def test_gradients_and_state_are_found_in_any_order(is_native, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sample", [torch.empty(0), torch.empty([1] * 6), torch.empty(()), nn.Parameter(torch.empty(2))]
+    "sample",
+    [
+        torch.empty(0),
+        torch.empty([1] * 6),
+        torch.empty(()),
+        nn.Parameter(torch.empty(2)),
+        torch.empty(2, device="meta"),
+    ],
 )
 @pytest.mark.parametrize("storage", ["its own", 0, 1, 2**64 - 8])
 def test_whatever_is_learned_of_records(sample, storage, monkeypatch):

@@ -15,7 +15,7 @@ KEEPS_SCALE = (
     "Adaptive", "Alias", "AsStrided", "Avg", "Clone", "ConstantPad", "Div", "Elu", "Expand",
     "Gelu", "Hardswish", "LeakyRelu", "MaxPool", "Mean", "Mish", "Mul", "NativeDropout", "Permute",
     "Relu", "Reshape", "Silu", "Slice", "Squeeze", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze",
-    "Upsample", "View", "_ReLU6",
+    "Upsample", "View", "_MultiplyByNoise", "_ReLU6",
 )  # fmt: skip
 """Autograd nodes of one operand that pass the scale of a convolution's output on."""
 
