@@ -63,7 +63,7 @@ def _multiply_by_noise(x: Tensor, amplitude: float) -> Tensor:
         # A compiler chooses for itself what to save; a trace and torch.func know no such function.
         if not (
             torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
+            or torch.jit.is_tracing()  # type: ignore[attr-defined]
             or torch._C._are_functorch_transforms_active()
         ):
             result: Tensor = _MultiplyByNoise.apply(x, levels, step)
