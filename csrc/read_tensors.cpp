@@ -58,7 +58,7 @@ struct Torch {
   TensorRecords learn_records(PyObject* objects) const {
     PyObject* const tensor = PyTuple_GetItem(objects, 6);
     DLTensor sample;
-    if (!tensor || read(tensor, &sample) != 0) {
+    if (!tensor || !is_plain(tensor) || read(tensor, &sample) != 0) {
       PyErr_Clear();
       return {};
     }
@@ -94,11 +94,11 @@ struct Torch {
 };
 
 // As many tensors as a small cache holds all of.
-constexpr ptrdiff_t kFetchedAtOnce = 64;
+constexpr size_t kFetchedAtOnce = 64;
 
 // Fetches the next parameters, and what finding their gradients takes.
 void fetch_params(const Torch& torch, const TensorRecords& records, PyObject* params, Py_ssize_t begin) {
-  const Py_ssize_t end = std::min<Py_ssize_t>(PyList_Size(params), begin + kFetchedAtOnce);
+  const Py_ssize_t end = std::min(PyList_Size(params), begin + Py_ssize_t(kFetchedAtOnce));
   const auto param = [&](Py_ssize_t i) { return PyList_GetItem(params, i); };
   for (Py_ssize_t i = begin; i < end; ++i) records.fetch_object(param(i));
   for (Py_ssize_t i = begin; i < end; ++i)
@@ -155,24 +155,26 @@ class Reader {
 
   // Writes the addresses of all tensors. Returns the first that is not as its layout says, or null.
   const Found* read(const std::vector<Found>& found) const {
-    const auto count = static_cast<ptrdiff_t>(found.size());
-    for (ptrdiff_t begin = 0; begin < count; begin += kFetchedAtOnce) {
-      const Found* const batch = found.data() + begin;
-      const Found* const end = batch + std::min(count - begin, kFetchedAtOnce);
-      fetch(batch, end);
-      for (const Found* tensor = batch; tensor < end; ++tensor)
-        if (!read(*tensor)) return tensor;
+    fetch(found);
+    // Reading one may run Python, which may drop another.
+    std::vector<Owned> held;
+    held.reserve(found.size());
+    for (const Found& tensor : found) {
+      Py_IncRef(tensor.object);
+      held.emplace_back(tensor.object);
     }
+    for (const Found& tensor : found)
+      if (!read(tensor)) return &tensor;
     return nullptr;
   }
 
  private:
-  CZM_PREFETCHES void fetch(const Found* begin, const Found* end) const {
-    for (const Found* tensor = begin; tensor < end; ++tensor) records_.fetch_object(tensor->object);
-    for (const Found* tensor = begin; tensor < end; ++tensor)
-      if (is_plain(*tensor)) records_.fetch_record(tensor->object);
-    for (const Found* tensor = begin; tensor < end; ++tensor)
-      if (is_plain(*tensor)) records_.fetch_storage(tensor->object);
+  CZM_PREFETCHES void fetch(const std::vector<Found>& found) const {
+    for (const Found& tensor : found) records_.fetch_object(tensor.object);
+    for (const Found& tensor : found)
+      if (is_plain(tensor)) records_.fetch_record(tensor.object);
+    for (const Found& tensor : found)
+      if (is_plain(tensor)) records_.fetch_storage(tensor.object);
   }
 
   bool is_plain(const Found& found) const { return found.object && torch_.is_plain(found.object); }
@@ -330,8 +332,10 @@ PyObject* read_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
                     before ? before + i : nullptr, descriptors[i], grad_addresses + i, found))
       wrong = i;
     words += *words;
+    if (found.size() < kFetchedAtOnce && i + 1 < params_count && wrong != i) continue;
+    if (const Found* const tensor = reader.read(found)) wrong = tensor->param;
+    found.clear();
   }
-  if (const Found* const tensor = reader.read(found)) wrong = tensor->param;
   if (wrong < params_count) {
     // Whatever made a tensor unreadable is told by its name, in Python.
     PyErr_Clear();

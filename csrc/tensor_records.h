@@ -26,7 +26,7 @@ class TensorRecords {
     const size_t count = object_words(tensor);
     for (size_t n = sizeof(PyObject) / sizeof(uint64_t); n < count; ++n) {
       // The sizes lie in the record, near its begin; words up to there are the record's.
-      if (words[n] == 0 || words[n] > end || end - words[n] >= kRecordBytes) continue;
+      if (words[n] == 0 || words[n] > end || end - words[n] >= kMostBeforeSizes) continue;
       record_ = n;
       const auto* const record = reinterpret_cast<const uint64_t*>(words[n]);
       named_ = (end - words[n]) / sizeof(uint64_t);
@@ -47,7 +47,7 @@ class TensorRecords {
   CZM_PREFETCHES void fetch_storage(PyObject* object) const {
     if (!storage_) return;
     const auto* const record = static_cast<const void* const*>(record_of(object));
-    if (record) fetch(record[storage_], kNamedBytes);
+    if (record && record[storage_]) fetch(record[storage_], kNamedBytes);
   }
 
   // All that the record names before the sizes: of a parameter autograd's data and the version, too.
@@ -60,6 +60,8 @@ class TensorRecords {
 
  private:
   static constexpr size_t kLineBytes = 64, kRecordBytes = 256, kNamedBytes = 128;
+  // Less than any record has, so that sizes further off lie in memory of their own.
+  static constexpr uint64_t kMostBeforeSizes = 128;
   // Words below are numbers.
   static constexpr uint64_t kLeastAddress = uint64_t(1) << 40;
 

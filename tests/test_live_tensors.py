@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from czm_fused import FusedCZMSGD
 from czm_fused.ops.step import tensors
@@ -90,6 +91,40 @@ def test_whatever_is_learned_of_records(sample, storage, monkeypatch):
     optimizers = twins(*[[3, 2]] * 90, *[[2, 1, 1, 1, 1, 3]] * 10, momentum=0.9)
     for seed in range(3):
         step(optimizers, seed)
+    assert_alike(optimizers)
+
+
+class Replacing(TorchFunctionMode):
+    """Replace every momentum buffer when a step first asks for a negative bit."""
+
+    def __init__(self, states):
+        super().__init__()
+        self.states = states
+        self.replaced = []
+        self.are_alive = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.is_neg:
+            self.are_alive += [each() is not None for each in self.replaced]
+            if not self.replaced:
+                for state in self.states:
+                    self.replaced.append(weakref.ref(state["momentum_buffer"]))
+                    # Of the same memory, which the step may go on to write to.
+                    state["momentum_buffer"] = state["momentum_buffer"].detach()
+        return function(*args, **(kwargs or {}))
+
+
+def test_tensors_are_held_while_python_runs_between_reading_two():
+    if tensors.native_module() is None:
+        pytest.skip("the native cpu module is not built")
+    optimizers = twins([3, 2], [2], [5], momentum=0.9)
+    step(optimizers)
+    ours, _ = optimizers
+    mode = Replacing([ours.state[p] for p in ours.param_groups[0]["params"]])
+    with mode:
+        step(optimizers, seed=1)
+    assert mode.are_alive and all(mode.are_alive)
+    step(optimizers, seed=2)
     assert_alike(optimizers)
 
 
