@@ -236,7 +236,7 @@ OTHER_CASES = [
         for dtype in (torch.bfloat16, torch.float16)
     ),
     Case((5, 300), options=replace(PLAIN, grad_norm=2.0)),
-    Case((40,), options=replace(PLAIN, grad_norm=2.0)),
+    *(Case((40,), options=replace(PLAIN, grad_norm=2.0), offset=offset) for offset in (0, 1)),
     # Misaligned memory.
     *(
         Case((3, 17, *kernel), dtype, layout, options=options, offset=offset)
@@ -326,4 +326,5 @@ INTERPRETED_CASES = [
         for layout in ("contiguous", "channels_last")
         for options in (Options(), PLAIN)
     ),
+    Case((40,), options=replace(PLAIN, grad_norm=2.0), offset=1),
 ]

@@ -83,8 +83,8 @@ CASES = {
 # Global loads that wait for one another before the first weight is asked for, at most: of aligned
 # filters that registers hold, and of those that are misaligned or read twice.
 LOADS_BEFORE_WEIGHT = {
-    "plain": {"cuda": (1, 1), "triton": (1, 2)},
-    "GradScaler and a rate on the device": {"cuda": (1, 2), "triton": (1, 2)},
+    "plain": {"cuda": (1, 1), "triton": (1, 1)},
+    "GradScaler and a rate on the device": {"cuda": (1, 2), "triton": (1, 1)},
 }
 
 # The share of a CIFAR ResNet's blocks in which fewer than half of the threads load a weight.

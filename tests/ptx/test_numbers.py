@@ -8,7 +8,7 @@ import torch
 from czm_fused import FusedCZMSGD
 from czm_fused.models import cifar_resnet
 from czm_fused.ops.step.descriptors import DeviceScalar, Hyperparameters
-from helpers.cases import Case, Options
+from helpers.cases import PLAIN, Case, Options
 from helpers.planned import Planned
 from helpers.problem import GuardedMemory
 from helpers.stand_in import standing_in
@@ -78,13 +78,18 @@ def test_a_misaligned_gradient_slows_no_other_tensor(shape, backend):
 @on_both
 @pytest.mark.parametrize("situation", LOADS_BEFORE_WEIGHT)
 @pytest.mark.parametrize(
-    ("shape", "offset", "is_slow"),
-    [((2, 64, 3, 3), 0, False), ((2, 64, 3, 3), 1, True), ((1, 2560, 3, 3), 0, True)],
-    ids=["held", "misaligned", "read twice"],
+    ("shape", "options", "offset", "is_slow"),
+    [
+        ((2, 64, 3, 3), Options(nesterov=True), 0, False),
+        ((2, 64, 3, 3), Options(nesterov=True), 1, True),
+        ((4096,), PLAIN, 1, True),
+        ((1, 2560, 3, 3), Options(nesterov=True), 0, True),
+    ],
+    ids=["held", "misaligned", "plain and misaligned", "read twice"],
 )
-def test_loads_before_the_first_weight(shape, offset, is_slow, situation, backend):
+def test_loads_before_the_first_weight(shape, options, offset, is_slow, situation, backend):
     step_class, traffic = observing(backend)
-    case = Case(shape, offset=offset, options=Options(nesterov=True))
+    case = Case(shape, offset=offset, options=options)
     planned = Planned(step_class, backend.backend, [case])
     rows, scales = planned.rows, ()
     if situation == "GradScaler and a rate on the device":

@@ -5,9 +5,9 @@ few tiles is loaded as a whole, W, dW and m at once, and held in registers until
 weight is read once. A longer one is read twice, for the sums over it, then for the update, and dW
 once more for `grad_norm`.
 
-A program reads what it does from one work item, and waits for nothing else before it asks for the
-weights of a filter in registers: the gradient's address and the hyperparameters follow, and what a
-GradScaler has found decides no more than whether anything is written.
+A program reads what it does from one work item, and waits for nothing else before it asks for its
+first weights: the gradient's address and the hyperparameters follow, and what a GradScaler has
+found decides no more than whether anything is written.
 
 Threads hold a tile in the order of its memory, so that loads and stores are contiguous in either
 layout. The sums over the taps, which CZMG removes, are taken from shared memory, where `tl.gather`
@@ -91,7 +91,8 @@ class _Filter(NamedTuple):
 class _Sources(NamedTuple):
     """Where all else is read from: addresses, or 0."""
 
-    grad: tl.tensor  # of the tensor's first weight
+    grads: tl.tensor  # where the addresses of the gradients of all tensors are
+    tensor: tl.tensor
     first: tl.tensor  # weights of the tensor before the filter
     hyper_addresses: tl.tensor
     hyper_values: tl.tensor
@@ -288,7 +289,9 @@ def _step_streamed(
     """Step a filter of any size, which is read twice."""
     weight_weight = tl.zeros([TILE], REAL)
     grad_weight = tl.zeros([TILE], REAL)
-    end = multiple(tl.where(filter.needs_sums, filter.numel, 0), VECTOR)
+    # Without sums one tile: it is on its way while the update waits for hyperparameters.
+    end = tl.where(filter.needs_sums, filter.numel, tl.minimum(filter.numel, TILE))
+    end = multiple(end, VECTOR)
     begin = end * 0
     while begin < end:
         offsets = begin + tl.arange(0, TILE)
@@ -313,19 +316,20 @@ def _step_streamed(
         begin += TILE
     grad_grad = tl.full([], 0.0, REAL)
     if needs_squares:
-        grad_grad = tl.sum(squares, axis=0)
+        grad_grad = tl.where(filter.needs_sums, tl.sum(squares, axis=0), 0.0)
     sums = FilterSums(weight_weight=weight_weight, grad_weight=grad_weight, grad_grad=grad_grad)
     rule = _new_rule(filter, scale, hyper, writes, sums, REAL)
 
-    grads = grad_pointer(sources, DTYPE, VECTOR)
     first = filter.channels * 0
     if filter.tile_channels == 0:
         if VECTOR == 1:
+            grads = grad_pointer(sources, DTYPE, VECTOR)
             _update_wide(filter, grads, rule, writes, DTYPE, REAL, SPLIT, TILE)
         first = filter.channels
     while first < filter.channels:
         offsets, mask, channel = _tile(filter, first, TILE, VECTOR)
         weight = read_weight(filter, offsets, mask, DTYPE, REAL, SPLIT, VECTOR)
+        grads = grad_pointer(sources, DTYPE, VECTOR)
         grad = read(grads, offsets, mask, VECTOR).to(REAL)
         momentum = read_momentum(filter, offsets, mask, DTYPE, REAL, VECTOR)
         _update_tile(
@@ -397,7 +401,8 @@ def _read_item(item, grads, addresses, values):
     )
     group = tl.load(fields + _GROUP) * _GROUP_COLUMNS
     sources = _Sources(
-        grad=tl.load(grads + tl.load(fields + _TENSOR)),
+        grads=grads,
+        tensor=tl.load(fields + _TENSOR),
         first=tl.load(item + _FIRST),
         hyper_addresses=addresses + group,
         hyper_values=values + group,

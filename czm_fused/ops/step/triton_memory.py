@@ -21,10 +21,9 @@ def pointer(address, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def grad_pointer(sources, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """The gradients of a filter."""
-    # The address comes after the work item, so nothing is made of it until weights are asked for.
+    """The gradients of a filter. Waits for their address, so weights are asked for before."""
     begin = sources.first * (DTYPE.primitive_bitwidth // 8)
-    return pointer(sources.grad + begin, DTYPE, VECTOR)
+    return pointer(tl.load(sources.grads + sources.tensor) + begin, DTYPE, VECTOR)
 
 
 @triton.jit
