@@ -3,6 +3,8 @@ VENV ?= .venv
 # Empty (make CONSTRAINTS=) takes the newest torch and torchvision instead.
 CONSTRAINTS ?= constraints.txt
 OUT ?= runs/digits
+# A worker takes a gigabyte of memory.
+PYTEST_SPREAD ?= -n logical --maxprocesses 8 --dist worksteal
 
 PIP = $(VENV)/bin/pip --disable-pip-version-check
 BUILD_INPUTS = setup.py pyproject.toml $(CONSTRAINTS) \
@@ -15,7 +17,7 @@ train: $(firstword $(wildcard $(VENV)/train,dev.stamp) $(VENV)/train.stamp)
 	$(VENV)/bin/czm-train --out $(OUT) --overwrite
 
 test: $(VENV)/train,dev.stamp
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest $(PYTEST_SPREAD)
 
 lint: $(VENV)/train,dev.stamp
 	$(VENV)/bin/ruff check .

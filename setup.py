@@ -47,6 +47,8 @@ CXX_FLAGS = [
     STABLE_ABI,
 ]
 NVCC_FLAGS = ["-O3", "-fmad=false", "-DUSE_CUDA", STABLE_ABI]
+# A file's architectures at once: as many as processors (0), or as MAX_JOBS allows ninja.
+NVCC_FLAGS += ["--threads", os.environ.get("MAX_JOBS") or "0"]
 for flag in plan.STRICT_MATH:
     NVCC_FLAGS += ["-Xcompiler", flag]
 
