@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +27,8 @@ class GradientRelease:
     gradients: the scaler's step raises.
 
     Args:
-        optimizer: whose parameters are stepped, by its present groups, until `remove()`.
+        optimizer: whose parameters are stepped, by its present groups, until `remove()`, or until
+            it and this are gone.
 
     Raises:
         TypeError: the optimizer is no `FusedCZMSGD`.
@@ -55,38 +57,51 @@ class GradientRelease:
             for number, _, param in places
         ]
         self._handles.append(optimizer.register_step_pre_hook(_refuse_scaled_gradients))
-        self._optimizer = optimizer
+        self._optimizer: FusedCZMSGD | None = optimizer
         self._supported_amp_scaling = optimizer._step_supports_amp_scaling
         # Else a GradScaler would look for gradients of its own, and fail without naming the cause.
         optimizer._step_supports_amp_scaling = True
 
     def remove(self) -> None:
-        """Let gradients stay after backward again."""
+        """Let gradients stay after backward again; a second call does nothing."""
+        if self._optimizer is None:
+            return
         for handle in self._handles:
             handle.remove()
         self._optimizer._step_supports_amp_scaling = self._supported_amp_scaling
+        self._optimizer = None
 
 
 class _ParamStep:
-    """Steps one parameter, by an optimizer of its own that borrows all it has from the other."""
+    """Steps one parameter, by an optimizer of its own that borrows all it has from the other.
+
+    It keeps neither parameter nor optimizer: a parameter keeps its hooks, and Python cannot collect
+    such a cycle.
+    """
 
     def __init__(self, optimizer: FusedCZMSGD, group: int, param: Tensor) -> None:
-        self._optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)
         self._group = group
         self._own = FusedCZMSGD(
             [{"params": [param], "min_filter_dim": 3}], backend=optimizer.backend
         )
+        self._give_back()
 
     def __call__(self, param: Tensor) -> None:
-        # Loading a state replaces both, so neither is kept.
-        self._own.param_groups[0] = {
-            **self._optimizer.param_groups[self._group],
-            "params": [param],
-        }
-        self._own.state.clear()
-        self._own.state[param] = self._optimizer.state[param]
-        self._own.step()
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        self._own.param_groups[0] = {**optimizer.param_groups[self._group], "params": [param]}
+        self._own.state[param] = optimizer.state[param]
+        try:
+            self._own.step()
+        finally:
+            self._give_back()
         param.grad = None
+
+    def _give_back(self) -> None:
+        self._own.param_groups[0] = {"params": []}
+        self._own.state.clear()
 
 
 def _refuse_scaled_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -1,6 +1,8 @@
 """GradientRelease: the step within backward, against the step after it."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -24,12 +26,13 @@ from small_training import (
 
 
 def released(model, optimizer, steps, begin=0):
-    """Train without a step after backward."""
+    """Train with steps that find no gradient after backward."""
     model.zero_grad()
     release = GradientRelease(optimizer)
     for seed in range(begin, begin + steps):
         backward(model, seed)
         assert all(p.grad is None for p in model.parameters())
+        optimizer.step()
     release.remove()
 
 
@@ -165,3 +168,32 @@ def test_a_grad_scaler_is_refused(scale):
         optimizer.step()
     release.remove()
     optimizer.step()
+
+
+def test_what_is_dropped_is_freed():
+    model = network()
+    optimizer = FusedCZMSGD(model.parameters(), **CZM)
+    release = GradientRelease(optimizer)
+    backward(model, 0)
+    alive = [weakref.ref(each) for each in (optimizer, *model.parameters())]
+    del model, optimizer, release
+    gc.collect()
+    assert [each() for each in alive] == [None] * len(alive)
+
+
+def test_gradients_stay_where_the_optimizer_is_gone():
+    model = network()
+    GradientRelease(FusedCZMSGD(model.parameters(), **CZM))
+    gc.collect()
+    backward(model, 0)
+    assert all(param.grad is not None for param in model.parameters())
+
+
+def test_removing_twice_leaves_the_next_release_alone():
+    model = network()
+    optimizer = FusedCZMSGD(model.parameters(), **CZM)
+    first = GradientRelease(optimizer)
+    first.remove()
+    GradientRelease(optimizer)
+    first.remove()
+    assert optimizer._step_supports_amp_scaling

@@ -104,6 +104,28 @@ def test_step_is_the_reference_where_the_method_is_on(backend):
         assert ((p - q).abs() <= 10 * 100 * torch.finfo(torch.float64).eps).all()
 
 
+@on_every_backend
+def test_a_dampened_step_without_gradients_changes_nothing(backend):
+    model = network()
+    optimizer = FusedCZMSGD(model.parameters(), **CZM, dampening=0.5, backend=backend)
+    train(model, optimizer, 1)
+    before = weights(model)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert_equal(weights(model), before)
+
+
+def test_a_dampened_step_of_the_dense_or_of_the_others_alone():
+    # `auto` leaves the second, which has gaps in memory, to another backend.
+    params = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, 2)[:, 0])
+    optimizer = FusedCZMSGD(params, lr=1.0, momentum=0.5, dampening=0.25)
+    for param in params:
+        param.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert_equal(param.detach(), torch.zeros(3))
+
+
 def test_dampening_spares_the_first_step_of_each_parameter():
     a, b = (nn.Parameter(torch.ones(3)) for _ in range(2))
     optimizer = FusedCZMSGD([a, b], lr=1.0, momentum=0.5, dampening=0.25)

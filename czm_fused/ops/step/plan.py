@@ -117,12 +117,12 @@ class DevicePlan:
         self._run(inputs, hyperparameters, grad_scale, found_inf)
         if grad_scale is not None:
             self._unscale(inputs, grad_scale, found_inf)
-        if self._dampened:
-            steps = [
-                inputs.states[index]["step"]  # type: ignore[index]
-                for index in self._dampened
-                if inputs.grads[index] is not None
-            ]
+        steps = [
+            inputs.states[index]["step"]  # type: ignore[index]
+            for index in self._dampened
+            if inputs.grads[index] is not None
+        ]
+        if steps:
             updated = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32)
             torch._foreach_add_(steps, updated)
 
