@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from czm_fused._internal.residual import branch_ends
+from czm_fused._internal.sharding import check_not_sharded
 from czm_fused._internal.signals import output_spread, spread
 from czm_fused._internal.text import Tabular, shorten
 from czm_fused._internal.undo import undone_on_error
@@ -135,7 +136,8 @@ def calibrate_(
     Transposed convolutions are left as they are.
 
     Args:
-        model: the network, initialised by `czm_init_` or by `convert`, on any device; not compiled.
+        model: the network, initialised by `czm_init_` or by `convert`, on any device; not
+            compiled or sharded.
         example_input: a batch of real inputs, 16 or more: a tensor, a tuple of positional or a
             dictionary of keyword arguments. If None, noise with as much power in every octave, as
             natural images have, with the channels of the first convolution and 64 pixels, or
@@ -157,10 +159,10 @@ def calibrate_(
         before and after.
 
     Raises:
-        ValueError: `target` or `branch` is not a positive number; the model has no convolution;
-            `example_input` is one sample, constant, not finite, of another dtype or device than
-            the model, or reaches no convolution; or the model fails on it in eval mode. The model
-            is as it was then.
+        ValueError: `target` or `branch` is not a positive number; the model is sharded or has
+            no convolution; `example_input` is one sample, constant, not finite, of another dtype or
+            device than the model, or reaches no convolution; or the model fails on it in eval mode.
+            The model is as it was then.
 
     Warns:
         UserWarning: a convolution never ran, or its output is constant or not finite (it is left as
@@ -169,6 +171,7 @@ def calibrate_(
     check_positive("target", target)
     check_positive("branch", branch)
     convolutions = named_convolutions(model)
+    check_not_sharded(model)
     if only is not None:
         convolutions = {name: each for name, each in convolutions.items() if name in only}
     if not convolutions:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from czm_fused._internal.replacement import computes_convolution
-from czm_fused._internal.sharding import is_dtensor
+from czm_fused._internal.sharding import is_dtensor, reshard
 from czm_fused.example import hooked, preserved, run_checked
 from czm_fused.init import CONVOLUTIONS, check_module, named_convolutions
 from czm_fused.nn import CZM_CONVOLUTIONS, mean_response
@@ -73,9 +73,12 @@ def center_(model: nn.Module, example_input: Any) -> int:
             "but had none; convert() adds biases, and fully_shard comes after the first call"
         )
     means = _Means(dict(convolutions))
-    with preserved(model), hooked(means.hooks()):
-        model.eval()
-        run_checked(model, example_input)
+    try:
+        with preserved(model), hooked(means.hooks()):
+            model.eval()
+            run_checked(model, example_input)
+    finally:
+        reshard(model)
     measured = means.averaged()
     if not measured:
         raise ValueError(
@@ -109,7 +112,9 @@ def uncenter_(model: nn.Module) -> None:
     Args:
         model: the network.
     """
-    for convolution in named_convolutions(model).values():
+    convolutions = named_convolutions(model)
+    reshard(model)
+    for convolution in convolutions.values():
         if isinstance(convolution, CZM_CONVOLUTIONS) and convolution.input_mean is not None:
             _add_to_bias(convolution, -convolution.input_mean)
             convolution.input_mean = None

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from czm_fused._internal.sharding import reshard
 from czm_fused._internal.signals import Signals, output_spread
 from czm_fused._internal.text import Tabular, shorten
 from czm_fused.calibration import DEAD, EXPLODED
@@ -228,7 +229,7 @@ def diagnose(model: nn.Module, images: Any, optimizer: Optimizer | None = None) 
     convolutions = named_convolutions(model)
     if not convolutions:
         raise ValueError("model must have a convolution, but has none")
-    _reshard(model)
+    reshard(model)
     optimizer = _innermost(optimizer)
     groups = _groups_of(model, optimizer)
     signals: dict[str, Signals] = {}  # in the order of execution
@@ -248,7 +249,7 @@ def diagnose(model: nn.Module, images: Any, optimizer: Optimizer | None = None) 
         with hooked(hooks), preserved(model), _uncompiled():
             output = run_example(model.eval(), images)
     finally:
-        _reshard(model)
+        reshard(model)
     if not signals:
         raise ValueError("images must reach a convolution of the model, but none ran on them")
     for name in convolutions:
@@ -386,14 +387,6 @@ def _direction(
         norms = filter_norms(weight)
         return trained, torch.where(norms > 0, norms, 1)
     return trained, torch.ones_like(filter_norms(weight))
-
-
-def _reshard(model: nn.Module) -> None:
-    """Put the optimizer's parameters back, which FSDP leaves out after a pass without backward."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules():
-        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
-            module.reshard()
 
 
 def _whole(x: Any) -> Tensor:

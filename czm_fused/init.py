@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from czm_fused._internal.sharding import check_not_sharded
 from czm_fused._internal.undo import undone_on_error
 
 GAIN = 0.8
@@ -122,7 +123,7 @@ def czm_init_(
         ValueError: `gain` is not a positive number, or given with `example_input`; `stem` is not a
             convolution of `module`; a convolution is lazy and not initialised, or its weight cannot
             be set, because a hook (pruning, weight norm, FSDP1) or a parametrization (spectral
-            norm) computes another; `module` is scripted, traced or exported; or as in
+            norm) computes another; `module` is scripted, traced, exported or sharded; or as in
             `calibrate_`. The module is as it was.
 
     Warns:
@@ -137,6 +138,7 @@ def czm_init_(
     if zero_mean is None:
         zero_mean = example_input is None
     convolutions = named_convolutions(module)
+    check_not_sharded(module)
     stems = find_stems(convolutions, stem)
     with undone_on_error(module, convolutions.values()):
         init_convolutions_(convolutions, stems, gain, zero_mean, generator)

@@ -340,6 +340,15 @@ def test_calibrate_undoes_what_it_set_when_the_pass_fails():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_calibrate_refuses_sharded_models(fully_shard):
+    model = fully_shard(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="model must not be sharded yet, but it is"):
+            calibrate_(model, _batch(16, 3, 8, 8))
+        # After a pass without backward, the parameters are plain tensors.
+        model(_batch(16, 3, 8, 8))
+
+
 def test_calibrate_needs_convolutions_that_run():
     with pytest.raises(ValueError, match="must have a convolution, but had none"):
         calibrate_(nn.Linear(3, 2), torch.randn(16, 3))

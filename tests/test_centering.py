@@ -307,6 +307,24 @@ def test_it_trains_a_converted_network():
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by layer"])
+def test_sharded_models_keep_outputs_and_parameters(fully_shard, whole):
+    model, x = network(), images()
+    center_(model, x)
+    if not whole:
+        fully_shard(model[2])
+    fully_shard(model)
+    before = model(x).detach()
+    # Each call follows a pass without backward, which leaves the parameters gathered.
+    for example in (x, 2 * images()):
+        center_(model, example)
+        assert all(hasattr(each, "full_tensor") for each in model.parameters())
+        assert (model(x) - before).abs().max() <= bound(before)
+    uncenter_(model)
+    assert model[0].input_mean is None
+    assert (model(x) - before).abs().max() <= bound(before)
+
+
 def test_averaged_copies_average_the_means_with_the_biases():
     model, x = network(), images()
     center_(model, x)

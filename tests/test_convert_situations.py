@@ -323,6 +323,12 @@ def test_model_compiled_in_place_is_refused():
         convert(model)
 
 
+def test_sharded_model_is_refused(fully_shard):
+    model = fully_shard(nn.Sequential(conv(3), nn.BatchNorm2d(4)))
+    with pytest.raises(ValueError, match="model must not be sharded yet, but it is"):
+        convert(model)
+
+
 def test_what_is_no_module_is_refused():
     model = nn.Sequential(conv(3), nn.BatchNorm2d(4))
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, but was of type tuple"):

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from czm_fused import FusedCZMSGD, czm_init_, czm_param_groups, exp_scale
 from czm_fused.diagnostics import diagnose, watch
@@ -338,7 +337,7 @@ def test_half_precision_under_autocast():
     assert halved.signal_gain == pytest.approx(exact.signal_gain, rel=2**-7)
 
 
-def test_compiled_and_wrapped_models(tmp_path):
+def test_compiled_and_wrapped_models(fully_shard):
     model, images = network().eval(), torch.randn(4, 3, 7, 7)
     expected = diagnose(model, images).as_dict()
     graphs = []
@@ -362,22 +361,16 @@ def test_compiled_and_wrapped_models(tmp_path):
     # Nothing is compiled for the sake of a report.
     assert len(graphs) == compiled_before > 0
 
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        assert diagnose(wrapped, images).as_dict() == expected
-        sharded = fully_shard(network())
-        optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
-        first = diagnose(sharded, images, optimizer)
-        assert all(layer.effective_lr for layer in first.layers)
-        # A pass without backward leaves other parameters in place, were they not put back.
-        assert [*sharded.parameters()] == optimizer.param_groups[0]["params"]
-        sharded.eval()(images)
-        assert diagnose(sharded, images, optimizer) == first
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    assert diagnose(wrapped, images).as_dict() == expected
+    sharded = fully_shard(network())
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
+    first = diagnose(sharded, images, optimizer)
+    assert all(layer.effective_lr for layer in first.layers)
+    # A pass without backward leaves other parameters in place, were they not put back.
+    assert [*sharded.parameters()] == optimizer.param_groups[0]["params"]
+    sharded.eval()(images)
+    assert diagnose(sharded, images, optimizer) == first
 
 
 def test_watch_logs_every_so_many_steps():

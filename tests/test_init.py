@@ -364,3 +364,12 @@ def test_lazy_convolutions_are_refused_by_name():
         czm_weight_(torch.ones(3))
     with pytest.raises(ValueError, match="weight has no shape yet"):
         czm_weight_(network[1].weight)
+
+
+def test_sharded_models_are_refused(fully_shard):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    fully_shard(network[0])
+    weight = network[0].weight.full_tensor().clone()
+    with pytest.raises(ValueError, match="model must not be sharded yet, but its module '0' is"):
+        czm_init_(network)
+    assert torch.equal(network[0].weight.full_tensor(), weight)

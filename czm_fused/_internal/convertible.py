@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from czm_fused._internal.sharding import check_not_sharded
 from czm_fused.init import check_module
 
 WRAPPERS = {
@@ -13,7 +14,6 @@ WRAPPERS = {
     "DistributedDataParallel": "wrapped; call DistributedDataParallel(convert(model)) instead",
     "DataParallel": "wrapped; call DataParallel(convert(model)) instead",
     "FullyShardedDataParallel": "sharded; convert it before it is sharded",
-    "FSDPModule": "sharded; convert it before fully_shard",
 }
 """Classes of modules that cannot be converted any more, and the remedies."""
 
@@ -21,6 +21,7 @@ WRAPPERS = {
 def check_convertible(model: Any) -> None:
     """Raise a TypeError or a ValueError if `model` is not a module whose layers can be replaced."""
     check_module(model)
+    check_not_sharded(model)
     for name, module in model.named_modules():
         what = f"model must be a plain module, but {'its module ' + repr(name) if name else 'it'}"
         for kind in type(module).__mro__:

@@ -1,5 +1,6 @@
 """Parameters that are not plain tensors of numbers: DTensors, of which each rank steps its own
-filters without communication, complex ones, and those that have yet to be initialised.
+filters without communication, complex ones, and those that have yet to be initialised; and the
+modules whose parameters `fully_shard` makes DTensors.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 
@@ -60,6 +62,32 @@ def local(tensor: Tensor) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
             plain = tensor.detach()
     return torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Check that every process has the parameters of `model` whole.
+
+    Raises:
+        ValueError: `fully_shard` has split them.
+    """
+    for name, module in model.named_modules():
+        if _is_fully_sharded(module):
+            what = f"its module {name!r}" if name else "it"
+            raise ValueError(
+                f"model must not be sharded yet, but {what} is; call fully_shard afterwards"
+            )
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the optimizer's parameters back, which FSDP leaves out after a pass without backward."""
+    for module in model.modules():
+        if _is_fully_sharded(module):
+            module.reshard()
+
+
+def _is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def check_not_flattened(number: int, param: Tensor) -> None:
