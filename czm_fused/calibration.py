@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
+from czm_fused._internal.holders import shared_parameters
 from czm_fused._internal.residual import branch_ends
 from czm_fused._internal.sharding import check_not_sharded
 from czm_fused._internal.signals import output_spread, spread
@@ -144,7 +145,8 @@ def calibrate_(
             another usual size if the model does not take that.
         target: the spread of the output of a convolution. Default 1.
         branch: the spread of a residual branch as a share of `target`. Default 0.5.
-        center: whether biases are set; False leaves them. Default True.
+        center: whether biases are set; False leaves them. One that several modules share is left
+            anyhow. Default True.
         weigh_taps: whether each tap of a filter is first multiplied by the share of its positions
             at which it meets the input, not the padding. A 3x3 filter on a map of one position has
             one tap that meets it: the others would only add to the norm that its direction learns
@@ -184,11 +186,13 @@ def calibrate_(
     else:
         _check_example(convolutions, example_input)
 
+    shared = shared_parameters(model)
+    centered = {name for name, c in convolutions.items() if center and id(c.bias) not in shared}
     with undone_on_error(model, convolutions.values()), preserved(model):
         _to_measuring_mode(model)
         output_before = _output_spread(run_checked(model, example_input))
         ends = branch_ends(model, convolutions, example_input)
-        calibration = _Calibration(convolutions, ends, target, branch, center, weigh_taps)
+        calibration = _Calibration(convolutions, ends, target, branch, centered, weigh_taps)
         with calibration.hooked():
             output_after = _output_spread(run_checked(model, example_input))
         if not calibration.layers:
@@ -222,14 +226,14 @@ class _Calibration:
         ends: set[str],
         target: float,
         branch: float,
-        center: bool,
+        centered: set[str],
         weigh_taps: bool,
     ) -> None:
         self.convolutions = convolutions
         self.names = {convolution: name for name, convolution in convolutions.items()}
         self.targets = {name: target * (branch if name in ends else 1) for name in convolutions}
         self.ends = ends
-        self.center = center
+        self.centered = centered
         self.weigh_taps = weigh_taps
         self.layers: dict[str, LayerStart] = {}
         self.owners: dict[int, str] = {}
@@ -259,7 +263,7 @@ class _Calibration:
             return output * factor
         shape = (-1, *[1] * (convolution.weight.dim() - 2))
         result = (output - convolution.bias.view(shape)) * factor
-        if self.center:
+        if name in self.centered:
             space = tuple(range(-len(shape) + 1, 0))
             means = result.to(compute_dtype(result.dtype)).mean(dim=space)
             convolution.bias.copy_(-(means.mean(dim=0) if means.dim() > 1 else means))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from czm_fused._internal.holders import shared_parameters
 from czm_fused._internal.replacement import computes_convolution
 from czm_fused._internal.sharding import is_dtensor, reshard
 from czm_fused.example import hooked, preserved, run_checked
@@ -38,11 +39,12 @@ def center_(model: nn.Module, example_input: Any) -> int:
     forward pass without gradients. `FusedCZMSGD`, or any other optimizer, trains W and b as usual.
 
     A convolution of exactly torch's class becomes the `CZMConv` of its number of dimensions; so
-    call this first before the model is compiled or sharded. Convolutions without a bias, of classes
-    of their own, with a hook or parametrization on the weight, or that do not run, are left as they
-    are. Under `torch.distributed` every process has to call this; the means are those of all
-    their inputs. Averaged copies of the model are made after the first call and average buffers as
-    well, as `torch.optim.swa_utils.AveragedModel(model, use_buffers=True)` does.
+    call this first before the model is compiled or sharded. Convolutions without a bias or with one
+    that another module shares, of classes of their own, complex, with a hook or parametrization on
+    the weight, or that do not run, are left as they are. Under `torch.distributed` every process
+    has to call this; the means are those of all their inputs. Averaged copies of the model are made
+    after the first call and average buffers as well, as `torch.optim.swa_utils.AveragedModel(model,
+    use_buffers=True)` does.
 
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
         >>> center_(network, torch.rand(16, 3, 8, 8))
@@ -66,11 +68,17 @@ def center_(model: nn.Module, example_input: Any) -> int:
             is as it was.
     """
     check_module(model)
-    convolutions = [each for each in named_convolutions(model).items() if _can_be_centered(each[1])]
+    shared = shared_parameters(model)
+    convolutions = [
+        (name, convolution)
+        for name, convolution in named_convolutions(model).items()
+        if _can_be_centered(convolution) and id(convolution.bias) not in shared
+    ]
     if not convolutions:
         raise ValueError(
-            "model must have a convolution with a bias, of a class of torch or of this package, "
-            "but had none; convert() adds biases, and fully_shard comes after the first call"
+            "model must have a convolution of real numbers with a bias of its own, of a class of "
+            "torch or of this package, but had none; convert() adds biases, and fully_shard comes "
+            "after the first call"
         )
     means = _Means(dict(convolutions))
     try:
@@ -158,6 +166,7 @@ def _can_be_centered(convolution: Any) -> bool:
         (type(convolution) in CONVOLUTIONS or isinstance(convolution, CZM_CONVOLUTIONS))
         and computes_convolution(convolution)
         and convolution.bias is not None
+        and not convolution.weight.is_complex()
     )
 
 

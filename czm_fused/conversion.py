@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from czm_fused._internal.convertible import check_convertible, check_untrained
 from czm_fused._internal.dataflow import DataFlow, Value, follow
-from czm_fused._internal.holders import holders
+from czm_fused._internal.holders import holders, shared_parameters
 from czm_fused._internal.replacement import (
     add_bias,
     computes_convolution,
@@ -307,8 +307,7 @@ class _Planner:
         self.convolutions = convolutions
         self.flow = flow
         self.from_pretrained = from_pretrained
-        holders = Counter(id(p) for m in self.modules.values() for p in m._parameters.values())
-        self.shared = {each for each, count in holders.items() if count > 1} - {id(None)}
+        self.shared = shared_parameters(model)
 
     def changes(self) -> list[Change]:
         changes = []

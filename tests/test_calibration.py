@@ -340,6 +340,18 @@ def test_calibrate_undoes_what_it_set_when_the_pass_fails():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_calibrate_leaves_biases_that_modules_share():
+    first, second = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+    second.bias = first.bias
+    model, bias = nn.Sequential(first, nn.ReLU(), second), first.bias.detach().clone()
+    example = _batch(16, 3, 8, 8)
+    calibrate_(model, example)
+    assert torch.equal(first.bias, bias)
+    for output in _outputs(model, example).values():
+        spread = _channels(output).var(dim=1, correction=0).mean().sqrt().item()
+        assert spread == pytest.approx(1, rel=1e-4)
+
+
 def test_calibrate_refuses_sharded_models(fully_shard):
     model = fully_shard(nn.Sequential(nn.Conv2d(3, 4, 3)))
     for _ in range(2):

@@ -175,7 +175,10 @@ def test_what_cannot_be_centered_is_left():
         OwnCZMForward(3, 3, 1),
         exp_scale(nn.Conv2d(3, 3, 1)),
         nn.ConvTranspose2d(3, 3, 1),
+        nn.Conv2d(3, 3, 1),
+        nn.Conv2d(3, 3, 1),
     ]
+    left[-1].bias = left[-2].bias
     model = nn.Sequential(*left, nn.Conv2d(3, 3, 1)).double()
     model.never = nn.Sequential()
     kinds = [type(each) for each in left]
@@ -242,14 +245,23 @@ def test_not_finite_means_change_nothing():
 @pytest.mark.parametrize(
     ("model", "example", "error", "message"),
     [
-        (nn.Conv2d(3, 3, 1, bias=False), images(), ValueError, "a convolution with a bias"),
-        (nn.Linear(3, 3), images(), ValueError, "a convolution with a bias"),
+        (nn.Conv2d(3, 3, 1, bias=False), images(), ValueError, "with a bias of its own"),
+        (nn.Linear(3, 3), images(), ValueError, "with a bias of its own"),
+        (nn.Conv2d(3, 3, 1, dtype=torch.cfloat), images().cfloat(), ValueError, "real numbers"),
         ([nn.Conv2d(3, 3, 1)], images(), TypeError, "nn.Module"),
         (network(), images()[:, :2], ValueError, "but the model raised RuntimeError"),
         (network(), images().float(), ValueError, "but the model raised RuntimeError"),
         (nn.ModuleDict({"a": nn.Conv2d(3, 3, 1)}), images(), ValueError, "but the model raised"),
     ],
-    ids=["no bias", "no convolution", "no module", "channels", "dtype", "no forward pass"],
+    ids=[
+        "no bias",
+        "no convolution",
+        "complex",
+        "no module",
+        "channels",
+        "dtype",
+        "no forward pass",
+    ],
 )
 def test_bad_input_is_named(model, example, error, message):
     before = copy.deepcopy(model.state_dict()) if isinstance(model, nn.Module) else {}

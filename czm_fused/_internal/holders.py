@@ -1,13 +1,25 @@
-"""Objects that hold parameters for training: optimizers, their groups, wrappers."""
+"""What holds parameters: modules, and for training optimizers, their groups, wrappers."""
 
 from __future__ import annotations
 
 import gc
+from collections import Counter
 
 import torch
 from torch import nn
 
 from czm_fused.groups import ParamGroups
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that several modules of `model` hold."""
+    holders = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    return {each for each, count in holders.items() if count > 1}
 
 
 def holders(parameters: set[int]) -> list[str]:
