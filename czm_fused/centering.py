@@ -43,8 +43,8 @@ def center_(model: nn.Module, example_input: Any) -> int:
     that another module shares, of classes of their own, complex, with a hook or parametrization on
     the weight, or that do not run, are left as they are. Under `torch.distributed` every process
     has to call this; the means are those of all their inputs. Averaged copies of the model are made
-    after the first call and average buffers as well, as `torch.optim.swa_utils.AveragedModel(model,
-    use_buffers=True)` does.
+    after the first call and average buffers as well, as
+    `torch.optim.swa_utils.AveragedModel(model, use_buffers=True)` does.
 
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
         >>> center_(network, torch.rand(16, 3, 8, 8))
@@ -177,7 +177,11 @@ def _set_mean(convolution: Any, mean: Tensor) -> None:
         convolution.stem = getattr(convolution, "stem", False)
         convolution.register_buffer("input_mean", None)
     if convolution.input_mean is None:
-        convolution.input_mean = torch.zeros_like(mean)
+        # Training, which may follow, cannot save what inference mode has made.
+        with torch.inference_mode(False):
+            convolution.input_mean = torch.zeros_like(mean)
+    # The bias makes up for what the buffer holds, which may be of less precision than the mean.
+    mean = mean.to(convolution.input_mean.dtype).to(mean.dtype)
     _add_to_bias(convolution, mean - convolution.input_mean)
     convolution.input_mean.copy_(mean)
 

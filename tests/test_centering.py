@@ -231,6 +231,30 @@ def test_autocast_keeps_the_mean_in_full_precision():
     assert model[0].weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_buffers_of_half_precision_do_not_drift(dtype):
+    model, x = nn.Sequential(nn.Conv2d(3, 64, 3)), 3.1 + images().float()
+    center_(model, x)
+    model, x = model.to(dtype), x.to(dtype)
+    center_(model, x)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(5):
+        center_(model, x)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_centered_in_inference_mode_trains():
+    model, x = network(), images()
+    before = model(x).detach()
+    with torch.inference_mode():
+        for _ in range(2):
+            center_(model, x)
+    after = model(x)
+    assert (after - before).abs().max() <= bound(before)
+    after.sum().backward()
+    assert not any(each.is_inference() for each in model.state_dict().values())
+
+
 def test_not_finite_means_change_nothing():
     model = network()
     before = copy.deepcopy(model.state_dict())
