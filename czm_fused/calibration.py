@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from czm_fused._internal.holders import shared_parameters
 from czm_fused._internal.residual import branch_ends
 from czm_fused._internal.sharding import check_not_sharded
-from czm_fused._internal.signals import output_spread, spread
+from czm_fused._internal.signals import input_of, output_spread, spread
 from czm_fused._internal.text import Tabular, shorten
 from czm_fused._internal.undo import undone_on_error
 from czm_fused.example import first_that_runs, hooked, preserved, run_checked, run_example
@@ -239,9 +239,13 @@ class _Calibration:
         self.owners: dict[int, str] = {}
 
     def hooked(self) -> AbstractContextManager[None]:
-        return hooked([each.register_forward_hook(self._set) for each in self.names])
+        return hooked(
+            [each.register_forward_hook(self._set, with_kwargs=True) for each in self.names]
+        )
 
-    def _set(self, convolution: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def _set(
+        self, convolution: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
         name = self.names[convolution]
         if name in self.layers:
             return None
@@ -252,9 +256,9 @@ class _Calibration:
             return None
         measured = before
         if self.weigh_taps and not is_depthwise(convolution):
-            coverage = tap_coverage(convolution, args[0].shape, output.shape)
+            coverage = tap_coverage(convolution, input_of(args, kwargs).shape, output.shape)
             _multiply_weight(convolution, coverage.to(convolution.weight))
-            output = convolution.forward(*args)
+            output = convolution.forward(*args, **kwargs)
             measured = spread(output)
         factor = self.targets[name] / measured
         _multiply_weight(convolution, factor)

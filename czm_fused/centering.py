@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from czm_fused._internal.holders import shared_parameters
 from czm_fused._internal.replacement import computes_convolution
 from czm_fused._internal.sharding import is_dtensor, reshard
+from czm_fused._internal.signals import input_of
 from czm_fused.example import hooked, preserved, run_checked
 from czm_fused.init import CONVOLUTIONS, check_module, named_convolutions
 from czm_fused.nn import CZM_CONVOLUTIONS, mean_response
@@ -139,7 +140,8 @@ class _Means:
     def hooks(self) -> Iterator[Any]:
         for name, convolution in self.convolutions.items():
             yield convolution.register_forward_pre_hook(
-                lambda _, args, name=name: self._measure(name, args[0])
+                lambda _, args, kwargs, name=name: self._measure(name, input_of(args, kwargs)),
+                with_kwargs=True,
             )
 
     def _measure(self, name: str, x: Tensor) -> None:

@@ -340,6 +340,24 @@ def test_calibrate_undoes_what_it_set_when_the_pass_fails():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class CalledByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.convolution(input=x)
+
+
+def test_calibrate_reads_an_input_given_by_keyword():
+    called, plain = CalledByKeyword(), nn.Conv2d(3, 4, 3, padding=1)
+    plain.load_state_dict(called.convolution.state_dict())
+    for model in (called, plain):
+        calibrate_(model, _batch(16, 3, 8, 8), weigh_taps=True)
+    assert torch.equal(called.convolution.weight, plain.weight)
+    assert torch.equal(called.convolution.bias, plain.bias)
+
+
 def test_calibrate_leaves_biases_that_modules_share():
     first, second = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
     second.bias = first.bias

@@ -200,6 +200,24 @@ def test_a_convolution_that_runs_twice_gets_the_mean_of_both():
     assert (convolution.input_mean - expected).abs().max() <= bound(*means)
 
 
+class CalledByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.convolution(input=x)
+
+
+def test_input_given_by_keyword():
+    model, x = CalledByKeyword().double(), images()
+    before = model(x)
+    center_(model, x)
+    assert (model(x) - before).abs().max() <= bound(before)
+    mean = model.convolution.input_mean
+    assert (mean - x.mean(dim=(0, 2, 3))).abs().max() <= bound(x)
+
+
 def test_unbatched_input():
     convolution, x = nn.Conv2d(3, 3, 1).double(), images(1)[0]
     center_(convolution, x)

@@ -21,7 +21,7 @@ class Signals:
 
     def enter(self, convolution: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the input, as a forward pre-hook with keyword arguments."""
-        x: Tensor = args[0] if args else kwargs["input"]
+        x = input_of(args, kwargs)
         # A convolution also takes an image without the batch's dimension.
         space = tuple(range(2 - convolution.weight.dim(), 0))
         dtype = compute_dtype(x.dtype)
@@ -46,6 +46,12 @@ class Signals:
     def output_spread(self) -> float | None:
         """Return the spread of the outputs, or None if there was none."""
         return torch.stack(self.variances).mean().sqrt().item() if self.variances else None
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the input of a convolution from the arguments that it was called with."""
+    x: Tensor = args[0] if args else kwargs["input"]
+    return x
 
 
 def _variance(channels: Tensor) -> Tensor:
