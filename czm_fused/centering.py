@@ -42,7 +42,7 @@ def center_(model: nn.Module, example_input: Any) -> int:
     A convolution of exactly torch's class becomes the `CZMConv` of its number of dimensions; so
     call this first before the model is compiled or sharded. Convolutions without a bias or with one
     that another module shares, of classes of their own, complex, with a hook or parametrization on
-    the weight, or that do not run, are left as they are. Under `torch.distributed` every process
+    the weight, or that read nothing, are left as they are. Under `torch.distributed` every process
     has to call this; the means are those of all their inputs. Averaged copies of the model are made
     after the first call and average buffers as well, as
     `torch.optim.swa_utils.AveragedModel(model, use_buffers=True)` does.
@@ -60,13 +60,14 @@ def center_(model: nn.Module, example_input: Any) -> int:
             generators as they were.
 
     Returns:
-        The number of convolutions that read their input relative to its mean.
+        The number of convolutions whose means this call has set: those that read samples.
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
-        ValueError: no convolution of the model can be centred, none of those runs on
-            `example_input`, the model fails on it in eval mode, or a mean is not finite. The model
-            is as it was.
+        ValueError: no convolution of the model can be centred, none of those reads samples of
+            `example_input`, the model fails on it in eval mode, a mean is not finite, or the model
+            is scripted, traced or exported, or has a lazy convolution that has no weight yet. The
+            model is as it was.
     """
     check_module(model)
     shared = shared_parameters(model)
@@ -91,8 +92,8 @@ def center_(model: nn.Module, example_input: Any) -> int:
     measured = means.averaged()
     if not measured:
         raise ValueError(
-            "example_input must reach a convolution of the model that has a bias, but none ran on "
-            "it; pass what the model takes in training"
+            "example_input must have samples that reach a convolution of the model with a bias of "
+            "its own, but none did; pass a batch of what the model takes in training"
         )
     for name, mean in measured.items():
         if not bool(mean.isfinite().all()):
@@ -120,6 +121,11 @@ def uncenter_(model: nn.Module) -> None:
 
     Args:
         model: the network.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`.
+        ValueError: `model` is scripted, traced or exported, or has a lazy convolution that has no
+            weight yet.
     """
     convolutions = named_convolutions(model)
     reshard(model)
@@ -153,14 +159,15 @@ class _Means:
         self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
     def averaged(self) -> dict[str, Tensor]:
-        """Return the means by name, over the inputs of all processes."""
+        """Return the means by name of what was read, over the inputs of all processes."""
         sums = self.sums
         if sums and torch.distributed.is_available() and torch.distributed.is_initialized():
             flat = torch.cat([*sums.values()])
             torch.distributed.all_reduce(flat)
             parts = flat.split_with_sizes([len(each) for each in sums.values()])
             sums = dict(zip(sums, parts, strict=True))
-        return {name: each[:-1] / each[-1] for name, each in sums.items()}
+        # A batch may be empty, as that of the regions which a detector looks at further.
+        return {name: each[:-1] / each[-1] for name, each in sums.items() if each[-1] > 0}
 
 
 def _can_be_centered(convolution: Any) -> bool:

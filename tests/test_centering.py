@@ -158,6 +158,11 @@ def test_a_state_with_means_loads_into_modules_without():
     assert model[0].input_mean is None
 
 
+def test_uncenter_takes_a_module():
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, but was of type list"):
+        uncenter_([network()])
+
+
 class OwnForward(nn.Conv2d):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -216,6 +221,25 @@ def test_input_given_by_keyword():
     assert (model(x) - before).abs().max() <= bound(before)
     mean = model.convolution.input_mean
     assert (mean - x.mean(dim=(0, 2, 3))).abs().max() <= bound(x)
+
+
+class Regions(nn.Module):
+    """A detector's head, which looks at those regions alone that may hold something."""
+
+    def __init__(self):
+        super().__init__()
+        self.all = nn.Conv2d(3, 3, 1)
+        self.found = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        x = self.all(x)
+        return self.found(x[x.amax(dim=(1, 2, 3)) > 1e3])
+
+
+def test_what_reads_no_samples_is_left():
+    model = Regions().double()
+    assert center_(model, images()) == 1
+    assert type(model.found) is nn.Conv2d
 
 
 def test_unbatched_input():
@@ -293,6 +317,7 @@ def test_not_finite_means_change_nothing():
         ([nn.Conv2d(3, 3, 1)], images(), TypeError, "nn.Module"),
         (network(), images()[:, :2], ValueError, "but the model raised RuntimeError"),
         (network(), images().float(), ValueError, "but the model raised RuntimeError"),
+        (network(), images(0), ValueError, "must have samples that reach a convolution"),
         (nn.ModuleDict({"a": nn.Conv2d(3, 3, 1)}), images(), ValueError, "but the model raised"),
     ],
     ids=[
@@ -302,6 +327,7 @@ def test_not_finite_means_change_nothing():
         "no module",
         "channels",
         "dtype",
+        "no samples",
         "no forward pass",
     ],
 )
