@@ -61,11 +61,17 @@ def read(kind: type[T], arguments: Sequence[str], prog: str = "czm-train", **key
     # tyro draws a box: a title, the message, and more below a rule.
     lines = [line.strip("│╰╯─- ") for line in box.getvalue().splitlines()[1:]]
     message = " ".join(takewhile(bool, dropwhile(lambda line: not line, lines)))
-    names = [option(field.name) for field in fields(kind)]  # type: ignore[arg-type]
+    options = fields(kind)  # type: ignore[arg-type]
+    names = [option(field.name) for field in options]
+    flags = [option(field.name) for field in options if field.type == "bool"]
     for name in arguments if message.startswith("Unrecognized") else ():
-        close = difflib.get_close_matches(name.split("=")[0], names, 1)
-        if name.startswith("--") and close and close[0] != name:
+        # tyro takes --no-flip and --batch_size as well.
+        spelled = name.partition("=")[0].replace("_", "-").replace("--no-", "--", 1)
+        close = difflib.get_close_matches(spelled, names, 1)
+        if name.startswith("--") and close and close[0] != spelled:
             message += f"; did you mean {close[0]}?"
+        elif "=" in name and spelled in flags:
+            message += f"; {spelled} takes no value"
     raise TrainingError(f"{message.rstrip('.')}; see {prog} --help")
 
 

@@ -88,7 +88,7 @@ def test_resolve_names_the_folder_after_the_run():
         ({"lr": float("nan")}, "--lr must be a finite number, but was nan"),
         ({"depth": 20.0}, "--depth: invalid literal for int"),
         ({"epochs": True}, "--epochs"),
-        ({"flip": "no"}, "flip"),
+        ({"flip": "no"}, "Unrecognized options: no; --flip takes no value; see"),
         ({"milestones": "x"}, "--milestones"),
         ({"schedule": "cosine", "milestones": (1,)}, "--milestones has no effect on --schedule c"),
     ],

@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -250,6 +251,16 @@ def test_malformed_option_is_one_line(train, tmp_path, options):
     err = fails(train, tmp_path, *options)
     assert options[0] in err and "see czm-train --help" in err
     assert ("did you mean --depth?" in err) == (options[0] == "--dept")
+
+
+def test_only_misspelt_options_get_a_suggestion(train, tmp_path):
+    good = ["--lr=0.2", "--batch_size=3", "--no-flip"]
+    err = fails(train, tmp_path, *good, "--epoch=3", "--no-residual-bia")
+    suggested = re.findall("did you mean (--[a-z-]+)", err)
+    assert suggested == ["--epochs", "--residual-bias"]
+    (tmp_path / "options.yaml").write_text("lr: 0.2\nhead_lr: 0.1\nepoch: 3\n")
+    err = fails(train, tmp_path, "--config", tmp_path / "options.yaml")
+    assert re.findall("did you mean (--[a-z-]+)", err) == ["--epochs"]
 
 
 def test_run_does_not_replace_another_unasked(train, tmp_path):
