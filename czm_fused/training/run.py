@@ -71,7 +71,8 @@ def train(
             they are; or a folder with train/ and test/, a folder a class, whose images are
             normalised, cropped and mirrored as `config` says.
         config: learning rate, epochs, folder and so on. Default: method czmig for 40 epochs.
-        resume: True goes on from the checkpoint in the folder of the run, if there is one.
+        resume: True goes on from the checkpoint in the folder of the run, if there is one, to the
+            epochs of `config`, at the checkpoint's milestones where `config` has none.
         overwrite: True replaces the run in that folder, if there is one.
 
     Raises:
@@ -86,6 +87,10 @@ def train(
     elif distributed.is_launched() or config.cuda_graph:
         raise TrainingError("a DataLoader is for one process without cuda_graph: give a folder")
     resumed = existing(config) if resume else None
+    if resumed and config.milestones is None and config.schedule == "steps":
+        # Their default follows the epochs, which a run that goes on may have more of.
+        saved = from_saved(checkpoint.load(resumed).get("config"))
+        config = replace(config, milestones=saved.milestones)
     return run(config, resume=resumed, overwrite=overwrite, model=model, loaders=data)
 
 

@@ -68,6 +68,21 @@ def test_train_resumes_bit_for_bit(tmp_path, monkeypatch):
     assert_same(resumed.model.state_dict(), whole.model.state_dict())
 
 
+def test_train_resumes_for_more_epochs_at_the_checkpoints_milestones(tmp_path):
+    data = loader(0)
+    train(network(), data, config(tmp_path, epochs=2))
+    for given, message in (
+        ({"milestones": (3,)}, r"--milestones \[1, 2\], not \[3\]"),
+        ({"schedule": "cosine"}, "--schedule steps, not cosine"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            train(network(), data, config(tmp_path, **given), resume=True)
+    result = train(network(), data, config(tmp_path, epochs=4), resume=True)
+    assert (len(result.history), result.summary["milestones"]) == (4, [1, 2])
+    rates = [record["lr"] for record in result.history]
+    assert rates == pytest.approx([0.1, 0.01, 0.001, 0.001], rel=1e-12)
+
+
 def test_train_without_test_images(tmp_path):
     result = train(network(), loader(0), config(tmp_path, epochs=1))
     assert result.test_accuracy is None
