@@ -43,6 +43,8 @@ LOCAL = frozenset("device backend cuda_graph out data_dir cache_dir download plo
 # Also of the options that studies add.
 _LEAST = {"epochs": 1, "batch_size": 1, "seeds": 1, "trials": 1, "heartbeat": 1}
 _LEAST |= {"crop_padding": 0, "hold_out": 0, "seed": 0, "center_every": 0}
+# Seeds of torch have 64 bits, and each process adds its rank.
+_MOST = {"seed": 2**63 - 1}
 _DEPENDS: Any = None  # on the method or the data set
 
 
@@ -187,6 +189,10 @@ class Config:
             if name in _LEAST and value < _LEAST[name]:
                 raise TrainingError(
                     f"{option(name)} must be at least {_LEAST[name]}, but was {value}"
+                )
+            if name in _MOST and value > _MOST[name]:
+                raise TrainingError(
+                    f"{option(name)} must be at most {_MOST[name]}, but was {value}"
                 )
         if config.center_every and config.cuda_graph:
             raise TrainingError("--center-every is no part of a --cuda-graph: leave one out")

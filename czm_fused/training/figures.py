@@ -67,7 +67,8 @@ class Figures:
 
 def main(arguments: Sequence[str]) -> None:
     """Draw the figures of the runs in a folder, and print the names of their files."""
-    arguments = ["--folder", *arguments] if arguments and arguments[0][0] != "-" else arguments
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--folder", *arguments]
     options: Figures = read(Figures, arguments, "czm-train figures")
     out = Path(options.out or Path(options.folder, "figures"))
     for path in draw(Path(options.folder), out, options.plot_format):

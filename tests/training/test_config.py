@@ -69,6 +69,7 @@ def test_resolve_names_the_folder_after_the_run():
         ({"batch_size": 0}, "--batch-size"),
         ({"crop_padding": -1}, "--crop-padding"),
         ({"seed": -1}, "--seed"),
+        ({"seed": 2**63}, "--seed must be at most 9223372036854775807, but was 9223372036854775808"),
         ({"milestones": (3, 2)}, "--milestones"),
         ({"milestones": (0,)}, "--milestones"),
         ({"method": "bn", "zmg": 0.5}, "--zmg has no effect on --method bn"),

@@ -139,6 +139,12 @@ def test_figures_of_real_runs_finished_and_not(tmp_path, train):
     assert not (tmp_path / "runs" / "figures").exists()
 
 
+def test_empty_folder_name_is_the_working_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["figures", ""]) == 2
+    assert "no run of a row of Table 1 under ." in capsys.readouterr().err
+
+
 def test_runs_that_differ_are_not_compared(tmp_path):
     with pytest.raises(TrainingError, match="no run of a row of Table 1"):
         figures.draw(tmp_path / "nowhere", tmp_path)
