@@ -201,6 +201,10 @@ class Config:
             raise TrainingError(f"--milestones must be increasing epochs, but were {drops}")
         if drops and config.schedule != "steps":
             raise TrainingError("--milestones has no effect on --schedule cosine: leave it out")
+        if config.noise_on != default.noise_on and not config.noise:
+            raise TrainingError(
+                "--noise-on has no effect without noise: leave it out, or give --noise"
+            )
         with explained("--depth"):
             blocks_per_stage(config.depth)
         return config

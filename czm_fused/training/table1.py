@@ -39,8 +39,9 @@ class Table1(StudyOptions):
 
     Interrupted or killed, the same command goes on where it was; started several times, on one
     device or on many machines, it shares the work. All options of czm-train apply to all runs, but
-    --weight-decay to BatchNorm alone, and --head-lr, --luma, --classifier-luma, --residual-bias,
-    --gain and --stem to the other rows. optuna-dashboard shows the study."""
+    --weight-decay to BatchNorm alone, --head-lr, --bias-lr, --luma, --classifier-luma, --grad-norm,
+    --center-every, --residual-bias, --gain and --stem to the other rows, and --noise-on to those
+    with noise. optuna-dashboard shows the study."""
 
     dataset: Dataset = "cifar10"
     """As for czm-train."""
@@ -101,6 +102,7 @@ class Row:
                     "(--rows and --seeds choose the runs, --folder their place)"
                 )
         foreign = WITHOUT_EFFECT["bn"] if self.method == "bn" else ("weight_decay",)
+        foreign += () if self.noise else ("noise_on",)
         config = replace(given, **{name: getattr(base, name) for name in foreign})
         config.checked()
         return config

@@ -49,7 +49,8 @@ def main(arguments: Sequence[str]) -> None:
         TrainingError: the input is bad, or no trial could be trained.
     """
     options = parse(Tune, arguments, prog="czm-train tune")
-    options.checked()
+    # --noise-on needs noise, which the trials search.
+    replace(options, noise=options.noise or SEARCHED["noise"][1]).checked()
     pick_device(options.device)
     held = options.hold_out or max(1, len(data.load(options).train) // 10)
     base = replace(options, hold_out=held)

@@ -56,6 +56,10 @@ def test_resolve_keeps_what_was_given():
     assert resolve({**given, "classifier_luma": 0.0}).as_dict()["classifier_luma"] == 0.0
 
 
+def test_resolve_takes_batchnorms_noise_anywhere():
+    assert resolve({"method": "bn", "noise": 0.1, "noise_on": "branch"}).noise_on == "branch"
+
+
 def test_resolve_names_the_folder_after_the_run():
     settings = resolve({"method": "bn", "depth": 8, "seed": 3})
     assert settings.as_dict()["out"] == "runs/digits-bn-8-s3"
@@ -69,7 +73,7 @@ def test_resolve_names_the_folder_after_the_run():
         ({"batch_size": 0}, "--batch-size"),
         ({"crop_padding": -1}, "--crop-padding"),
         ({"seed": -1}, "--seed"),
-        ({"seed": 2**63}, "--seed must be at most 9223372036854775807, but was 9223372036854775808"),
+        ({"seed": 2**63}, f"--seed must be at most {2**63 - 1}, but was {2**63}"),
         ({"milestones": (3, 2)}, "--milestones"),
         ({"milestones": (0,)}, "--milestones"),
         ({"method": "bn", "zmg": 0.5}, "--zmg has no effect on --method bn"),
@@ -92,6 +96,8 @@ def test_resolve_names_the_folder_after_the_run():
         ({"flip": "no"}, "Unrecognized options: no; --flip takes no value; see"),
         ({"milestones": "x"}, "--milestones"),
         ({"schedule": "cosine", "milestones": (1,)}, "--milestones has no effect on --schedule c"),
+        ({"method": "bn", "noise_on": "branch"}, "--noise-on has no effect without noise: leave"),
+        ({"noise": 0.0, "noise_on": "branch"}, "--noise-on has no effect without noise: leave it"),
     ],
 )
 def test_resolve_refuses_what_cannot_be(given, message):

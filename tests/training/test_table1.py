@@ -61,6 +61,12 @@ def test_options_of_a_method_go_to_the_rows_that_have_it():
     assert (batchnorm.epochs, czmig.epochs) == (7, 7)
 
 
+def test_place_of_the_noise_goes_to_the_rows_that_have_it():
+    for row in TABLE1:
+        expected = "branch" if row.noise else "unit"
+        assert row.config(["--noise-on", "branch"]).noise_on == expected
+
+
 def test_options_in_a_file_go_to_all_rows(tmp_path):
     (tmp_path / "options.yaml").write_text("epochs: 7\nchannels_last: true\nseeds: 2\n")
     for row in (BATCHNORM, TABLE1[0]):

@@ -41,6 +41,13 @@ def test_tune_searches_only_options_that_the_method_has(tmp_path, capsys):
     assert set(study.trials[0].params) == {"lr", "noise"}
 
 
+def test_tune_takes_the_place_of_the_noise_that_it_searches(tmp_path, capsys):
+    command = ["tune", "--folder", str(tmp_path), *OPTIONS, "--method", "bn", "--epochs", "1"]
+    assert main([*command, "--noise-on", "branch", "--trials", "1"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert parse(CommandLine, words[1:]).checked().noise_on == "branch"
+
+
 def test_trial_below_the_median_is_pruned(tmp_path, capsys, monkeypatch):
     tests = Trainer.test
     begun = []
