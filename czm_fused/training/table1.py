@@ -82,6 +82,11 @@ class Row:
         """The row for people, as in `CZMIG, lr 0.4, zmg 0.85, noise 0.1`."""
         return ", ".join([self.label, *(f"{name} {value:g}" for name, value in self._shown())])
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that make a run one of the row."""
+        return {name: getattr(self, name) for name in ROW_OPTIONS}
+
     def _shown(self) -> list[tuple[str, float]]:
         names = {"bn": ("lr",), "czmi": ("lr", "noise")}.get(self.method, ("lr", "zmg", "noise"))
         return [(name, getattr(self, name)) for name in names]
@@ -92,9 +97,8 @@ class Row:
         Raises:
             TrainingError: a value is out of range, or the study itself sets the option.
         """
-        own = {name: getattr(self, name) for name in ROW_OPTIONS}
-        given = parse(Table1, arguments, to_arguments(own), "czm-train table1")
-        base = Table1(**own, dataset=given.dataset)
+        given = parse(Table1, arguments, to_arguments(self.options), "czm-train table1")
+        base = Table1(**self.options, dataset=given.dataset)
         for name in (*ROW_OPTIONS, "seed", "out"):
             if getattr(given, name) != getattr(base, name):
                 raise TrainingError(
@@ -109,7 +113,7 @@ class Row:
 
     def trained(self, config: Mapping[str, Any]) -> bool:
         """Return True if a run with these options is one of the row."""
-        return all(config.get(name) == getattr(self, name) for name in ROW_OPTIONS)
+        return all(config.get(name) == value for name, value in self.options.items())
 
 
 BATCHNORM = Row("bn", 0.1, 0.0, 0.0, 93.70, 0.55)
@@ -243,12 +247,23 @@ def to_markdown(frame: pd.DataFrame, columns: int | None = None) -> str:
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
 
+def _departures(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the options other than the paper's protocol, from the configs of all rows by name."""
+    found: dict[str, Any] = {}
+    for name, config in rows.items():
+        given = {each: config[each] for each in ("dataset", "epochs")}
+        paper = Config(**ROWS[name].options, **given).as_dict()
+        # Where --classifier-luma is left out, it is --luma.
+        paper["classifier_luma"] = config["luma"]
+        found |= {each: value for each, value in config.items() if value != paper[each]}
+    return found
+
+
 def write_report(study: optuna.Study, folder: Path) -> str:
     """Write `table1.md` and `table1.json` into `folder`; return the table for the terminal."""
     frame = measure(study)
-    config = study.user_attrs["protocol"]["rows"][BATCHNORM.name]
-    default = Config(method="bn", dataset=config["dataset"], epochs=config["epochs"]).as_dict()
-    departures = {name: value for name, value in config.items() if value != default[name]}
+    rows = study.user_attrs["protocol"]["rows"]
+    config, departures = rows[BATCHNORM.name], _departures(rows)
     title = f"# Table 1: {name_network(config)}, {config['epochs']} epochs"
     notes = _EXPLANATION
     if departures:

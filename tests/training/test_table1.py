@@ -109,6 +109,32 @@ def test_table_drops_columns_where_the_terminal_is_narrow():
     assert "test accuracy, %" in narrow
 
 
+OF_SOME_ROWS = (
+    "--residual-bias --gain=2.0 --stem=plain --head-lr=0.01 --bias-lr=0.2 --classifier-luma=0.5 "
+    "--grad-norm=0.1 --center-every=20 --noise-on=branch"
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "departures"),
+    [
+        ("", ""),
+        ("--depth 20 --weight-decay 1e-4", "--depth=20 --weight-decay=0.0001"),
+        ("--luma 0.5", "--luma=0.5"),
+        ("--luma 0.5 --classifier-luma 5e-4", "--luma=0.5 --classifier-luma=0.0005"),
+        (OF_SOME_ROWS, OF_SOME_ROWS),
+    ],
+)
+def test_report_names_the_departures_of_all_rows(tmp_path, given, departures):
+    arguments = ["--folder", str(tmp_path), "--epochs", "7", *given.split()]
+    configs = {row.name: row.config(arguments) for row in TABLE1}
+    study = study_module.open_study("table1", configs[BN], configs)
+    report = table1_module.write_report(study, tmp_path)
+    line = f"Other than the paper's protocol: {departures}" if departures else ""
+    assert ([each for each in report.splitlines() if "Other than" in each] or [""]) == [line]
+    assert line in (tmp_path / "table1.md").read_text()
+
+
 def test_study_trains_every_run_as_czm_train_does(table1, train, tmp_path):
     status, out, err = table1("--rows", BN, CZMIG, "--seeds", 2)
     assert (status, err) == (0, "")
