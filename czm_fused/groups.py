@@ -273,11 +273,11 @@ def _number(value: Any) -> str:
 
 def check_initialised(model: nn.Module) -> None:
     """Raise a ValueError if a lazy module of `model` has not been initialised."""
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
             raise ValueError(
-                f"the parameter {name!r} of a lazy module has no shape yet; "
-                "run a forward pass first"
+                f"the {kind} {name!r} of a lazy module has no shape yet; run a forward pass first"
             )
 
 

@@ -370,9 +370,12 @@ def test_bad_arguments_change_nothing(arguments, message):
     assert model[0].bias is None and isinstance(model[1], nn.BatchNorm2d)
 
 
-def test_lazy_modules_must_be_initialised():
-    with pytest.raises(ValueError, match="lazy module"):
-        convert(nn.Sequential(conv(3), nn.LazyBatchNorm2d()), example_input=IMAGE)
+@pytest.mark.parametrize(
+    "affine, what", [(True, "parameter '1.weight'"), (False, "buffer '1.running_mean'")]
+)
+def test_lazy_modules_must_be_initialised(affine, what):
+    with pytest.raises(ValueError, match=f"the {what} of a lazy module has no shape yet; run a f"):
+        convert(nn.Sequential(conv(3), nn.LazyBatchNorm2d(affine=affine)), example_input=IMAGE)
 
 
 def test_example_that_fails_changes_nothing():
