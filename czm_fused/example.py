@@ -113,8 +113,21 @@ def run_example(model: nn.Module, example_input: Any) -> Any:
         model: the network, in the mode to run it in.
         example_input: a tensor, a tuple of positional or a dictionary of keyword arguments.
     """
-    with torch.no_grad():
+    with torch.no_grad(), _weights_cast_anew():
         return call(model, example_input)
+
+
+@contextmanager
+def _weights_cast_anew() -> Iterator[None]:
+    """Let autocast cast weights as they are now, and keep no cast of them."""
+    # Its cache of casts would outlive the changes of weights around the passes, and in them.
+    enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 def run_checked(model: nn.Module, example_input: Any) -> Any:

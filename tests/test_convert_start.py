@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from czm_fused import convert, czm_param_groups
-from helpers.conversion import IMAGE, Function, conv, converted
+from helpers.conversion import IMAGE, Function, conv, converted, randomised, relative_difference
 
 
 def test_stem_is_found_marked_and_keeps_its_means():
@@ -85,3 +85,30 @@ def test_convolutions_without_batch_norm_keep_their_start():
         same = [name for name in after if name in before and torch.equal(before[name], after[name])]
         own = ["squeeze.weight", "squeeze.bias", "excite.weight", "excite.bias"]
         assert same == (own if gain is None else [])
+
+
+def test_start_is_measured_under_autocast():
+    torch.manual_seed(0)
+    layers = [conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.BatchNorm2d(8)]
+    model = nn.Sequential(*layers)
+    images = torch.randn(16, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        # The user's own pass, whose casts of weights autocast keeps for the region.
+        model.eval()(images)
+        convert(model, example_input=images)
+        within = model(images).float()
+    for output in (within, model(images)):
+        spread = output.var(dim=(0, 2, 3), correction=0).mean().sqrt()
+        # Weights, inputs and outputs of two layers, rounded to 8 bits: below 8 * 2^-9.
+        torch.testing.assert_close(spread, torch.tensor(1.0), rtol=8 * 2**-9, atol=0)
+
+
+def test_pretrained_weights_are_folded_under_autocast():
+    torch.manual_seed(0)
+    model = randomised(nn.Sequential(conv(3), nn.BatchNorm2d(4))).eval()
+    images = torch.randn(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(images)
+        convert(model, example_input=IMAGE, from_pretrained=True)
+        # Weights, inputs and outputs are rounded to 8 bits: a few times 2^-9.
+        assert relative_difference(model(images), expected) < 4 * 2**-9
