@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -13,12 +12,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from czm_fused._internal.convertible import check_convertible, check_untrained
 from czm_fused._internal.dataflow import DataFlow, Value, follow
 from czm_fused._internal.holders import holders, shared_parameters
+from czm_fused._internal.normalisations import computes_batch_norm, is_other_normalisation
 from czm_fused._internal.replacement import (
     add_bias,
     computes_convolution,
@@ -48,21 +48,6 @@ _logger = logging.getLogger(__name__)
 
 REMOVED, FOLDED, AFFINE, LEFT = "removed", "folded", "affine", "left"
 """The actions that `convert` takes on a normalisation."""
-
-OTHER_NORMALISATIONS = (
-    _NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-    nn.CrossMapLRN2d,
-)
-
-NAMES_OF_NORMALISATIONS = re.compile(r"[Nn]orm|NORM|[A-Z]BN|BN$|BN\dd|FRN|FilterResponse")
-"""Parts of class names of other libraries' normalisations, which share no base class."""
-
-TIMM_BATCH_NORMS = ("BatchNormAct2d", "SyncBatchNormAct")
-"""timm's BatchNorms, whose children `drop` and `act` are applied to their result, in that order."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +81,14 @@ class ConversionPlan(Tabular):
     Attributes:
         changes: one for every normalisation of the model, in the order of registration.
         stem: the dotted names of the convolutions that are treated as the stem.
+        activations: the dotted names of the ReLU6s that become `czm_fused.nn.ReLU6`.
         from_pretrained: weights are kept or folded, instead of initialised anew.
         notes: in words, what else was decided, and what could not be seen.
     """
 
     changes: tuple[Change, ...]
     stem: tuple[str, ...]
+    activations: tuple[str, ...]
     from_pretrained: bool
     notes: tuple[str, ...]
 
@@ -144,11 +131,11 @@ def convert(
     replaced by `nn.Identity`, or by its activation; those convolutions gain a bias, are initialised
     as by `czm_init_`, with filters of any mean, and scaled by `czm_fused.calibration.calibrate_` so
     that the output of each starts with the same spread. `nn.ReLU6` becomes `czm_fused.nn.ReLU6`,
-    which keeps less for backward. Everything else stays: a warning names every normalisation that
-    does, and `plan_conversion` lists the reasons. The stem is marked, so that
-    `czm_param_groups(model)` finds it. Make optimizers and averaged copies of the model afterwards,
-    as parameters are added and removed. While the model is trained, `czm_fused.center_` takes away
-    what BatchNorm took from the means.
+    which keeps less for backward, unless its result is changed in place. Everything else stays: a
+    warning names every normalisation that does, and `plan_conversion` lists the reasons. The stem
+    is marked, so that `czm_param_groups(model)` finds it. Make optimizers and averaged copies of
+    the model afterwards, as parameters are added and removed. While the model is trained,
+    `czm_fused.center_` takes away what BatchNorm took from the means.
 
     With `from_pretrained`, the model keeps what it has learnt: the running statistics are folded
     into the weight and bias of the convolution before,
@@ -278,7 +265,8 @@ def plan_conversion(
     first = convolutions[next(iter(flow.convolutions))] if flow.convolutions else None
     stems, reason = decide_stems(convolutions, stem, first)
     names = tuple(name for name, convolution in convolutions.items() if convolution in stems)
-    changes = _Planner(model, convolutions, flow, from_pretrained).changes()
+    planner = _Planner(model, convolutions, flow, from_pretrained)
+    changes, activations = planner.changes(), planner.activations()
     notes = [
         _summary(changes),
         f"{len(convolutions)} convolutions: "
@@ -286,7 +274,7 @@ def plan_conversion(
         f"stem: {', '.join(map(repr, names))} ({reason})" if names else f"stem: {reason}",
         *flow.notes,
     ]
-    plan = ConversionPlan(tuple(changes), names, from_pretrained, tuple(notes))
+    plan = ConversionPlan(tuple(changes), names, activations, from_pretrained, tuple(notes))
     if not plan.biases:
         return plan
     note = f"{len(plan.biases)} convolutions gain a bias: make the optimizer after the conversion"
@@ -317,7 +305,7 @@ class _Planner:
             elif "parametrizations" in name.split("."):
                 # weight_norm and its like normalise weights.
                 continue
-            elif _is_other_normalisation(module):
+            elif is_other_normalisation(module):
                 kind = type(module).__name__
                 changes.append(Change(name, kind, LEFT, remark="not a BatchNorm of torch or timm"))
         listed = {change.name for change in changes}
@@ -326,6 +314,16 @@ class _Planner:
                 remark = "called as a function, not as a module"
                 changes.append(Change(name, shorten(sorted(operators)), LEFT, remark=remark))
         return changes
+
+    def activations(self) -> tuple[str, ...]:
+        """Return the names of the ReLU6s whose results stay as they are, which backward needs."""
+        return tuple(
+            name
+            for name, values in self.flow.activations.items()
+            if type(self.modules[name]) is nn.ReLU6
+            and not has_hooks(self.modules[name])
+            and not any(value.changed for value in values)
+        )
 
     def _change(self, name: str, norm: _BatchNorm) -> Change:
         runs = self.flow.norms.get(name, [])
@@ -353,7 +351,7 @@ class _Planner:
     def _why_left(self, name: str, norm: _BatchNorm, inputs: list[Value]) -> str:
         if parametrize.is_parametrized(norm):
             return "it is parametrized"
-        if not _computes_batch_norm(norm):
+        if not computes_batch_norm(norm):
             return "a subclass of BatchNorm with a forward pass of its own"
         if has_hooks(norm):
             return "it has hooks"
@@ -392,24 +390,6 @@ class _Planner:
             if not computes_convolution(convolution):
                 return f"{producer!r} does not convolve with its parameters as they are"
         return ""
-
-
-def _computes_batch_norm(norm: _BatchNorm) -> bool:
-    kind = type(norm)
-    # timm's have an activation as a child. They are known by name, as timm may not be installed.
-    if kind.__module__.startswith("timm.") and kind.__name__ in TIMM_BATCH_NORMS:
-        return True
-    forward = kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return forward and "forward" not in vars(norm) and not any(norm.children())
-
-
-def _is_other_normalisation(module: nn.Module) -> bool:
-    if isinstance(module, OTHER_NORMALISATIONS):
-        return True
-    if {"running_mean", "running_var"} <= module._buffers.keys():
-        return True
-    name = type(module).__name__
-    return bool(NAMES_OF_NORMALISATIONS.search(name)) and not any(module.children())
 
 
 def _warn_of_plan(plan: ConversionPlan) -> None:
@@ -475,7 +455,7 @@ def _carry_out(model: nn.Module, plan: ConversionPlan, noise: float) -> None:
             norm, affine=change.action == AFFINE, copies=change.copies, noise=noise
         )
     replace_modules(model, replacements)
-    save_outputs_alone(model)
+    save_outputs_alone(model, [modules[name] for name in plan.activations])
     for name, convolution in named_convolutions(model).items():
         _mark(convolution, name in plan.stem)
 

@@ -55,17 +55,22 @@ class _MultiplyByNoise(torch.autograd.Function):
         return torch.addcmul(tangent, tangent, levels, value=ctx.step)
 
 
+def _is_transformed() -> bool:
+    """Return True where autograd functions of the package's own are out of place."""
+    # A compiler chooses for itself what to save; a trace and torch.func know no such function.
+    return bool(
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def _multiply_by_noise(x: Tensor, amplitude: float) -> Tensor:
     shape = list(x.shape[:2]) + [1] * (x.dim() - 2)
     levels = torch.randint(-127, 128, shape, dtype=torch.int8, device=x.device)
     step = amplitude / 127.5
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        # A compiler chooses for itself what to save; a trace and torch.func know no such function.
-        if not (
-            torch.compiler.is_compiling()
-            or torch.jit.is_tracing()  # type: ignore[attr-defined]
-            or torch._C._are_functorch_transforms_active()
-        ):
+        if not _is_transformed():
             result: Tensor = _MultiplyByNoise.apply(x, levels, step)
             return result
     return torch.addcmul(x, x, levels, value=step)
@@ -332,30 +337,30 @@ class CZMBasicBlock(nn.Module):
 class _ReLU6(torch.autograd.Function):
     """ReLU6 that saves its output, of which the next layer keeps the same storage."""
 
-    generate_vmap_rule = True
+    @staticmethod
+    def forward(x: Tensor, inplace: bool) -> Tensor:
+        return F.relu6(x, inplace)
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return F.relu6(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        x, inplace = inputs
+        if inplace:
+            ctx.mark_dirty(x)
         ctx.save_for_backward(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # The gradient is 0 where the input is not within (0, 6), which is where the output is not.
         (output,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(grad, output, 0.0, 6.0)
+        return torch.ops.aten.hardtanh_backward(grad, output, 0.0, 6.0), None
 
 
-def _relu6(x: Tensor) -> Tensor:
+def _relu6(x: Tensor, inplace: bool) -> Tensor:
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        # A compiler chooses for itself what to save.
-        if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-            result: Tensor = _ReLU6.apply(x)
+        if torch.is_grad_enabled() and x.requires_grad and not _is_transformed():
+            result: Tensor = _ReLU6.apply(x, inplace)
             return result
-    return F.relu6(x)
+    return F.relu6(x, inplace)
 
 
 torch.fx.wrap("_relu6")
@@ -365,18 +370,19 @@ class ReLU6(nn.ReLU6):
     """`nn.ReLU6` that keeps its output for backward, and not its input.
 
     torch's keeps both a copy of the input and, for the next layer, the output. `convert` puts this
-    in its place: half the memory of a network whose convolutions are each followed by a ReLU6.
+    in its place: half the memory of a network whose convolutions are each followed by a ReLU6. As
+    backward needs the output, nothing may change it in place; where something does, torch's stays.
 
         >>> ReLU6()(torch.tensor([-1.0, 3.0, 9.0]))
         tensor([0., 3., 6.])
-    """
 
-    def __init__(self) -> None:
-        super().__init__(inplace=False)
+    Args:
+        inplace: write the result over the input. Default False.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Return min(max(input, 0), 6)."""
-        return _relu6(input)
+        return _relu6(input, self.inplace)
 
 
 class ChannelAffine(nn.Module):

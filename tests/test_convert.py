@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from czm_fused import FusedCZMSGD, convert, czm_param_groups, plan_conversion
-from czm_fused.nn import ChannelAffine, CZMConv2d, exp_scale
+from czm_fused.nn import ChannelAffine, Copy, CZMConv2d, exp_scale
 from helpers.conversion import (
     IMAGE,
     Function,
@@ -229,6 +229,13 @@ def view(m, x):
     return x + torch.cat([m.relu(m.norm(part)), part], 1)
 
 
+def view_of_the_result(m, x):
+    x = m.conv(x)
+    result = m.norm(x)
+    m.relu(result[:, :2])
+    return x + result
+
+
 def fresh(m, x):
     x = m.conv(x)
     x += 1
@@ -237,7 +244,13 @@ def fresh(m, x):
 
 @pytest.mark.parametrize(
     "function, inplace, copies",
-    [(residual, True, True), (residual, False, False), (view, True, True), (fresh, True, False)],
+    [
+        (residual, True, True),
+        (residual, False, False),
+        (view, True, True),
+        (view_of_the_result, True, True),
+        (fresh, True, False),
+    ],
 )
 def test_batch_norm_shields_its_input_from_changes_in_place(function, inplace, copies):
     outputs = 8 if function is view else 4
@@ -246,7 +259,7 @@ def test_batch_norm_shields_its_input_from_changes_in_place(function, inplace, c
     plan = converted(model, example_input=IMAGE)
     assert ("copy" in remarks(plan)["norm"]) == copies
     twin = copy.deepcopy(model)
-    twin.norm, twin.relu = nn.Identity(), nn.ReLU()
+    twin.norm, twin.relu = Copy(), nn.ReLU(inplace)
     images = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(model(images), twin(images), rtol=0, atol=0)
     model(images).sum().backward()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 from czm_fused import FusedCZMSGD, convert, czm_param_groups, plan_conversion
-from czm_fused.nn import ChannelNoise, ReLU6
+from czm_fused.nn import ChannelNoise
 from helpers.conversion import (
     IMAGE,
     Function,
@@ -397,15 +397,6 @@ def test_bad_examples_change_nothing(case):
 
 def spread(x):
     return x.transpose(0, 1).flatten(1).var(dim=1, correction=0).mean().sqrt().item()
-
-
-def test_relu6_keeps_less_for_backward_and_its_hooks():
-    hooked = nn.ReLU6()
-    hooked.register_forward_hook(lambda *_: None)
-    model = nn.Sequential(conv(3), nn.BatchNorm2d(4), nn.ReLU6(), hooked, nn.Hardtanh())
-    convert(model.eval(), example_input=IMAGE, gain=0.8)
-    assert type(model[2]) is ReLU6 and not model[2].training
-    assert model[3] is hooked and type(model[4]) is nn.Hardtanh
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -427,37 +427,46 @@ def test_channel_affine_keeps_the_layout(shape):
 
 def relu6_and_gradients(activation, x, grad):
     x = x.clone().requires_grad_()
-    output = activation(x)
+    given = x.clone()
+    output = activation(given)
     output.backward(grad)
-    return output.detach(), x.grad
+    return output.detach(), given.detach(), x.grad
 
 
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_relu6_is_torch_s(dtype):
+def test_relu6_is_torch_s(dtype, inplace):
     edges = torch.tensor([-1.0, -0.0, 0.0, 1e-3, 3.0, 6.0, 7.0, float("inf"), float("nan")])
     x, grad = edges.to(dtype).view(1, 9, 1), torch.arange(1, 10).to(dtype).view(1, 9, 1)
-    actual = relu6_and_gradients(ReLU6(), x, grad)
-    expected = relu6_and_gradients(nn.ReLU6(), x, grad)
+    actual = relu6_and_gradients(ReLU6(inplace), x, grad)
+    expected = relu6_and_gradients(nn.ReLU6(inplace), x, grad)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_relu6_keeps_its_output_alone():
+@pytest.mark.parametrize("inplace", [False, True])
+def test_relu6_keeps_its_output_alone(inplace):
     kept = []
-    x = torch.randn(2, 3, requires_grad=True)
+    x = torch.randn(2, 3, requires_grad=True).clone()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        output = ReLU6()(x)
+        output = ReLU6(inplace)(x)
     assert [t.data_ptr() for t in kept] == [output.data_ptr()]
+    assert (output is x) == inplace
 
 
-def test_relu6_differentiates_twice_and_under_vmap():
+@pytest.mark.parametrize("inplace", [False, True])
+def test_relu6_differentiates_twice_and_under_vmap(inplace):
+    def activation(x):
+        return ReLU6(inplace)(x.clone())
+
     x = torch.linspace(-1, 7, 12, dtype=torch.float64).view(3, 4).requires_grad_()
-    assert torch.autograd.gradcheck(ReLU6(), x) and torch.autograd.gradgradcheck(ReLU6(), x)
-    gradient = torch.func.vmap(torch.func.grad(lambda row: ReLU6()(row).sum()))(x.detach())
+    assert torch.autograd.gradcheck(activation, x) and torch.autograd.gradgradcheck(activation, x)
+    gradient = torch.func.vmap(torch.func.grad(lambda row: activation(row).sum()))(x.detach())
     assert torch.equal(gradient, ((x > 0) & (x < 6)).double())
 
 
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("trace", [torch.jit.script, torch.fx.symbolic_trace])
-def test_relu6_can_be_traced(trace):
-    network = nn.Sequential(ReLU6())
+def test_relu6_can_be_traced(trace, inplace):
+    network = nn.Sequential(ReLU6(inplace))
     x = torch.randn(4, 3).mul(5).requires_grad_()
-    assert torch.equal(trace(network)(x), F.relu6(x))
+    assert torch.equal(trace(network)(x.clone()), F.relu6(x))

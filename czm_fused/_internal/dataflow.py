@@ -49,7 +49,8 @@ class Value:
         is_convolution: it is the output of its one producer, a convolution.
         is_fresh: nothing else shares its memory, nor does autograd keep it for what computed it.
         consumers: the BatchNorms, by dotted name, and the operators that read it.
-        changed: an operator wrote to it in place.
+        changed: an operator wrote to it in place; to an output of a convolution, a BatchNorm or a
+            ReLU6, also through another tensor that shares its memory.
     """
 
     producers: frozenset[str] = frozenset()
@@ -68,6 +69,7 @@ class DataFlow:
         convolutions: the outputs of every convolution that ran, by its dotted name, in the order
             of their first runs.
         norms: input and output of every run of every BatchNorm, by its dotted name.
+        activations: the outputs of every ReLU6 that ran, by its dotted name.
         tied: the convolutions whose parameters something else reads as well.
         reads: the attributes of a BatchNorm that something else reads, by its dotted name.
         functional: the normalising operators that ran in a module, by its dotted name.
@@ -76,6 +78,7 @@ class DataFlow:
 
     convolutions: dict[str, list[Value]] = field(default_factory=dict)
     norms: dict[str, list[tuple[Value, Value]]] = field(default_factory=dict)
+    activations: dict[str, list[Value]] = field(default_factory=dict)
     tied: set[str] = field(default_factory=set)
     reads: dict[str, set[str]] = field(default_factory=dict)
     functional: dict[str, set[str]] = field(default_factory=dict)
@@ -181,6 +184,7 @@ class _Recorder(TorchDispatchMode):
             before = self.values.get(tensor)
             if before is not None:
                 before.changed = True
+                self._note_change(tensor)
             self.values[tensor] = Value(producers, scales, is_fresh=_is_fresh(name, before))
         return result
 
@@ -195,6 +199,15 @@ class _Recorder(TorchDispatchMode):
                 self.values[tensor] = Value(scales=name) if scales else Value(name)
         value: Value = self.values[tensor]
         return value
+
+    def _note_output(self, output: Tensor, value: Value) -> None:
+        self.outputs.append((StorageWeakRef(output.untyped_storage()), value))
+
+    def _note_change(self, tensor: Tensor) -> None:
+        changed = StorageWeakRef(tensor.untyped_storage())
+        for storage, value in self.outputs:
+            if storage == changed:
+                value.changed = True
 
     def _note_reader(self, tensor: Tensor, reader: nn.Module) -> None:
         holder = self.holders.get(id(tensor))
@@ -216,12 +229,17 @@ class _Recorder(TorchDispatchMode):
         if isinstance(module, CONVOLUTIONS):
             value = Value(frozenset([name]), is_convolution=True, is_fresh=True)
             self.values[result] = value
-            self.outputs.append((StorageWeakRef(result.untyped_storage()), value))
+            self._note_output(result, value)
             self.flow.convolutions.setdefault(name, []).append(value)
         elif isinstance(module, _BatchNorm):
             (given, *_) = _tensors((args, kwargs))
             pair = (self._value(given), self._value(result))
+            self._note_output(result, pair[1])
             self.flow.norms.setdefault(name, []).append(pair)
+        elif isinstance(module, nn.ReLU6):
+            for tensor in _tensors(result):
+                self._note_output(tensor, self._value(tensor))
+                self.flow.activations.setdefault(name, []).append(self._value(tensor))
 
     @contextmanager
     def _watched_norms(self) -> Iterator[None]:

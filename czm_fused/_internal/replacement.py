@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,12 +20,9 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
                 parent._modules[key] = replacements[child]
 
 
-def save_outputs_alone(model: nn.Module) -> None:
-    """Put `czm_fused.nn.ReLU6` in the place of torch's within `model`, except those with hooks."""
-    found = [module for module in model.modules() if type(module) is nn.ReLU6]
-    replace_modules(
-        model, {each: ReLU6().train(each.training) for each in found if not has_hooks(each)}
-    )
+def save_outputs_alone(model: nn.Module, activations: Iterable[nn.ReLU6]) -> None:
+    """Put `czm_fused.nn.ReLU6` in the place of each of `activations` within `model`."""
+    replace_modules(model, {each: ReLU6(each.inplace).train(each.training) for each in activations})
 
 
 def has_hooks(module: nn.Module) -> bool:
