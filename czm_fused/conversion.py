@@ -98,6 +98,11 @@ class ConversionPlan(Tabular):
         return tuple(change for change in self.changes if change.action == LEFT)
 
     @property
+    def removed(self) -> tuple[Change, ...]:
+        """The BatchNorms that are removed, whose convolutions are initialised anew."""
+        return tuple(change for change in self.changes if change.action == REMOVED)
+
+    @property
     def biases(self) -> tuple[str, ...]:
         """The dotted names of the convolutions that gain a bias."""
         return tuple(dict.fromkeys(name for change in self.changes for name in change.biases))
@@ -136,6 +141,9 @@ def convert(
     is marked, so that `czm_param_groups(model)` finds it. Make optimizers and averaged copies of
     the model afterwards, as parameters are added and removed. While the model is trained,
     `czm_fused.center_` takes away what BatchNorm took from the means.
+
+    A model with no BatchNorm to remove, as one that is converted already, keeps its weights, and a
+    warning says so; `czm_init_` initialises those of a network without BatchNorm.
 
     With `from_pretrained`, the model keeps what it has learnt: the running statistics are folded
     into the weight and bias of the convolution before,
@@ -179,8 +187,9 @@ def convert(
             [0, 1). The model is as it was.
 
     Warns:
-        UserWarning: a normalisation stays, the forward pass fails in training mode, an optimizer
-            that was made before will not train the new parameters, or as in `calibrate_`.
+        UserWarning: a normalisation stays, there is no BatchNorm to remove, the forward pass fails
+            in training mode, an optimizer that was made before will not train the new parameters,
+            or as in `calibrate_`.
     """
     if gain is not None:
         check_positive("gain", gain)
@@ -206,7 +215,7 @@ def convert(
     _warn_of_optimizers(model, plan)
     with undone_on_error(model, convolutions.values()):
         _carry_out(model, plan, noise)
-        if convolutions and not plan.from_pretrained:
+        if plan.removed:
             if gain is None:
                 convolutions = _followed(plan, convolutions)
             stems = [convolutions[name] for name in plan.stem if name in convolutions]
@@ -267,10 +276,11 @@ def plan_conversion(
     names = tuple(name for name, convolution in convolutions.items() if convolution in stems)
     planner = _Planner(model, convolutions, flow, from_pretrained)
     changes, activations = planner.changes(), planner.activations()
+    removes = any(change.action == REMOVED for change in changes)
     notes = [
         _summary(changes),
         f"{len(convolutions)} convolutions: "
-        + ("weights kept or folded" if from_pretrained else "initialised anew"),
+        + ("initialised anew" if removes else "weights kept or folded"),
         f"stem: {', '.join(map(repr, names))} ({reason})" if names else f"stem: {reason}",
         *flow.notes,
     ]
@@ -396,6 +406,12 @@ def _warn_of_plan(plan: ConversionPlan) -> None:
     for note in plan.notes:
         if "in training mode alone" in note:
             warnings.warn(note, stacklevel=3)
+    if not plan.from_pretrained and not plan.removed:
+        warnings.warn(
+            "no BatchNorm of model is removed, so its weights stay as they were; "
+            "czm_init_(model, example_input=...) initialises a network without BatchNorm",
+            stacklevel=3,
+        )
     if plan.left:
         reasons = [f"{change.name!r} ({change.type}: {change.remark})" for change in plan.left]
         warnings.warn(
@@ -432,11 +448,11 @@ def _summary(changes: Sequence[Change]) -> str:
 
 
 def _followed(plan: ConversionPlan, convolutions: dict[str, Convolution]) -> dict[str, Convolution]:
-    """Return the convolutions that a removed BatchNorm followed, or all if none did."""
+    """Return the convolutions that a removed BatchNorm followed."""
     # The others, as in squeeze-and-excitation, start well without one; with the spread that suits
     # the rest, they would drive the sigmoid behind them to its ends.
-    fed = {name for each in plan.changes if each.action != LEFT for name in each.convolutions}
-    return {name: each for name, each in convolutions.items() if name in fed} or convolutions
+    fed = {name for each in plan.removed for name in each.convolutions}
+    return {name: each for name, each in convolutions.items() if name in fed}
 
 
 def _carry_out(model: nn.Module, plan: ConversionPlan, noise: float) -> None:

@@ -112,3 +112,26 @@ def test_pretrained_weights_are_folded_under_autocast():
         convert(model, example_input=IMAGE, from_pretrained=True)
         # Weights, inputs and outputs are rounded to 8 bits: a few times 2^-9.
         assert relative_difference(model(images), expected) < 4 * 2**-9
+
+
+NOTHING_TO_REMOVE = {
+    "no normalisation": lambda: nn.Sequential(conv(3), nn.ReLU(), conv()),
+    "another normalisation": lambda: nn.Sequential(conv(3), nn.GroupNorm(2, 4), conv()),
+    "converted": lambda: convert(nn.Sequential(conv(3), nn.BatchNorm2d(4), conv())),
+    "pretrained": lambda: convert(
+        randomised(nn.Sequential(conv(3), nn.BatchNorm2d(4), conv())), from_pretrained=True
+    ),
+}
+
+
+@pytest.mark.parametrize("gain", [None, 0.8])
+@pytest.mark.parametrize("case", NOTHING_TO_REMOVE)
+def test_weights_stay_where_there_is_no_batch_norm_to_remove(case, gain):
+    model = NOTHING_TO_REMOVE[case]()
+    twin = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"its weights stay as they were; czm_init_\(model, "):
+        plan = converted(model, example_input=torch.randn(16, 3, 8, 8), gain=gain)
+    assert "2 convolutions: weights kept" in str(plan)
+    assert str(model) == str(twin)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, twin.state_dict()[name])
