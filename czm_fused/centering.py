@@ -198,10 +198,17 @@ def _set_mean(convolution: Any, mean: Tensor) -> None:
 @torch.no_grad()
 def _add_to_bias(convolution: Any, mean: Tensor) -> None:
     weight, bias = convolution.weight, convolution.bias
-    if is_dtensor(weight):
+    is_sharded = is_dtensor(weight)
+    response: Tensor = mean_response(
+        weight.full_tensor() if is_sharded else weight,
+        mean,
+        convolution.in_channels,
+        convolution.out_channels,
+        convolution.kernel_size,
+        convolution.groups,
+    )
+    if is_sharded:
         from torch.distributed.tensor import distribute_tensor
 
-        response: Tensor = mean_response(weight.full_tensor(), mean, convolution.groups)
-        bias.add_(distribute_tensor(response, bias.device_mesh, bias.placements))
-    else:
-        bias.add_(mean_response(weight, mean, convolution.groups))
+        response = distribute_tensor(response, bias.device_mesh, bias.placements)
+    bias.add_(response)

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from czm_fused import functional
 from czm_fused.init import CONVOLUTIONS, HOOK_REMEDY, check_module, czm_weight_, is_depthwise
 from czm_fused.ops import exp_scale as ops
+from czm_fused.ops.registry import needs_plain_torch
 from czm_fused.ops.step.reference import filter_norms
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -40,7 +41,6 @@ class _MultiplyByNoise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, levels: Tensor, step: float) -> Tensor:
         ctx.save_for_backward(levels)
-        ctx.save_for_forward(levels)
         ctx.step = step
         return torch.addcmul(x, x, levels, value=step)
 
@@ -49,28 +49,14 @@ class _MultiplyByNoise(torch.autograd.Function):
         (levels,) = ctx.saved_tensors
         return torch.addcmul(grad, grad, levels, value=ctx.step), None, None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        (levels,) = ctx.saved_tensors
-        return torch.addcmul(tangent, tangent, levels, value=ctx.step)
-
-
-def _is_transformed() -> bool:
-    """Return True where autograd functions of the package's own are out of place."""
-    # A compiler chooses for itself what to save; a trace and torch.func know no such function.
-    return bool(
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._are_functorch_transforms_active()
-    )
-
 
 def _multiply_by_noise(x: Tensor, amplitude: float) -> Tensor:
     shape = list(x.shape[:2]) + [1] * (x.dim() - 2)
     levels = torch.randint(-127, 128, shape, dtype=torch.int8, device=x.device)
     step = amplitude / 127.5
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        if not _is_transformed():
+        # A compiler chooses for itself what to save.
+        if not needs_plain_torch():
             result: Tensor = _MultiplyByNoise.apply(x, levels, step)
             return result
     return torch.addcmul(x, x, levels, value=step)
@@ -87,22 +73,30 @@ def _directions(weight: Tensor, norms: Tensor) -> Tensor:
     return (weight / divisors).to(weight.dtype)
 
 
-def mean_response(weight: Tensor, input_mean: Tensor, groups: int) -> Tensor:
+def mean_response(
+    weight: Tensor,
+    input_mean: Tensor,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: list[int],
+    groups: int,
+) -> Tensor:
     """Return what the filters of a convolution make of an input that is everywhere its mean.
 
-    sum_c mean[c] sum_t W[f, c, t], of shape (filters,), without padding.
+    sum_c mean[c] sum_t W[f, c, t], of shape (filters,), without padding. torch.jit.trace warns of a
+    decision by the weight's shape, so the convolution's own numbers decide.
 
     Args:
         weight: of shape (filters, channels / groups, taps...).
         input_mean: of shape (channels,).
-        groups: of the convolution.
+        in_channels, out_channels, kernel_size, groups: of the convolution.
     """
-    if max(weight.shape[2:]) == 1:
+    if max(kernel_size) == 1:
         filters = weight.flatten(1)
     else:
         # Over dimensions of taps, as a view of fewer dimensions would cost the gradient a copy.
         filters = weight.sum(dim=list(range(2, weight.dim())))
-    if groups == weight.shape[0] and weight.shape[1] == 1:
+    if groups == in_channels and groups == out_channels:
         return (filters.squeeze(1) * input_mean).to(weight.dtype)
     if groups > 1:
         means = input_mean.view(groups, 1, -1).expand(-1, filters.shape[0] // groups, -1)
@@ -114,8 +108,9 @@ class _CZMConv(_ConvNd):
     """The additions of `CZMConv1d`, `CZMConv2d` and `CZMConv3d` to torch's convolutions."""
 
     if TYPE_CHECKING:
-        # torch.jit.script cannot read it.
+        # torch.jit.script cannot read these; its functions take tuples of any length as lists.
         input_mean: Tensor | None
+        kernel_size: Any
 
     # torch.jit.script compiles every property that is not listed here.
     __jit_unused_properties__ = ["direction", "scale"]
@@ -130,7 +125,14 @@ class _CZMConv(_ConvNd):
         """Convolve, relative to the mean of the input if `center_` has set it."""
         weight, bias = self.weight, self.bias
         if self.input_mean is not None and bias is not None:
-            bias = bias - mean_response(weight, self.input_mean, self.groups)
+            bias = bias - mean_response(
+                weight,
+                self.input_mean,
+                self.in_channels,
+                self.out_channels,
+                self.kernel_size,
+                self.groups,
+            )
         return self._conv_forward(input, weight, bias)
 
     def reset_parameters(self) -> None:
@@ -338,15 +340,12 @@ class _ReLU6(torch.autograd.Function):
     """ReLU6 that saves its output, of which the next layer keeps the same storage."""
 
     @staticmethod
-    def forward(x: Tensor, inplace: bool) -> Tensor:
-        return F.relu6(x, inplace)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: Tensor) -> None:
-        x, inplace = inputs
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        output = F.relu6(x, inplace)
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -357,7 +356,8 @@ class _ReLU6(torch.autograd.Function):
 
 def _relu6(x: Tensor, inplace: bool) -> Tensor:
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        if torch.is_grad_enabled() and x.requires_grad and not _is_transformed():
+        # A compiler chooses for itself what to save.
+        if torch.is_grad_enabled() and x.requires_grad and not needs_plain_torch():
             result: Tensor = _ReLU6.apply(x, inplace)
             return result
     return F.relu6(x, inplace)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -335,6 +336,30 @@ def test_gradcheck_and_gradgradcheck(with_noise, layout):
 
     assert torch.autograd.gradcheck(function, (x, residual))
     assert torch.autograd.gradgradcheck(function, (x, residual))
+
+
+@pytest.mark.parametrize("with_noise", [False, True])
+def test_forward_mode(backend, with_noise):
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 2, 3, 4, dtype=torch.float64)
+    x = torch.where((x + residual).abs() < 0.1, x + 0.3, x).requires_grad_()
+    residual.requires_grad_()
+    noise = functional.draw_noise(x, 0.5) if with_noise else None
+    output = ops.add_relu_noise(x, residual, noise)
+
+    def gradient(grad):
+        return torch.autograd.grad(output, x, grad, retain_graph=True)[0]
+
+    def function(x, residual):
+        return ops.add_relu_noise(x, residual, noise)
+
+    assert torch.autograd.gradcheck(function, (x, residual), check_forward_ad=True)
+    # The gradient is linear, so that its derivative is itself.
+    tangent = torch.randn_like(output)
+    with forward_ad.dual_level():
+        dual = gradient(forward_ad.make_dual(torch.ones_like(output), tangent))
+        derivative = forward_ad.unpack_dual(dual).tangent
+    assert torch.equal(derivative, gradient(tangent))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

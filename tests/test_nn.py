@@ -306,6 +306,13 @@ def test_exp_scale_of_a_zero_filter_is_finite(backend):
     assert all(p.grad.isfinite().all() for p in convolution.parameters())
 
 
+def test_exp_scale_differentiates_forwards(backend):
+    direction = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    log_scale = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    arguments = (direction, log_scale)
+    assert torch.autograd.gradcheck(ops.exp_scale, arguments, check_forward_ad=True)
+
+
 def test_exp_scale_compiles_into_one_graph():
     torch._dynamo.reset()
     convolution = exp_scale(nn.Conv2d(3, 4, 3))
@@ -459,7 +466,10 @@ def test_relu6_differentiates_twice_and_under_vmap(inplace):
         return ReLU6(inplace)(x.clone())
 
     x = torch.linspace(-1, 7, 12, dtype=torch.float64).view(3, 4).requires_grad_()
-    assert torch.autograd.gradcheck(activation, x) and torch.autograd.gradgradcheck(activation, x)
+    assert torch.autograd.gradcheck(activation, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(activation, x)
+    hessian = torch.func.hessian(lambda x: activation(x).pow(3).sum())(x[0])
+    assert torch.equal(hessian, (6 * x[0] * ((x[0] > 0) & (x[0] < 6))).diag())
     gradient = torch.func.vmap(torch.func.grad(lambda row: activation(row).sum()))(x.detach())
     assert torch.equal(gradient, ((x > 0) & (x < 6)).double())
 

@@ -1,14 +1,26 @@
 """Steps without memory, or in a graph; modules that are scripted, traced, exported, compiled."""
 
 import copy
+import io
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from czm_fused import CZMBasicBlock, CZMConv1d, CZMConv2d, CZMConv3d, FusedCZMSGD, convert
+from czm_fused import (
+    CZMBasicBlock,
+    CZMConv1d,
+    CZMConv2d,
+    CZMConv3d,
+    FusedCZMSGD,
+    center_,
+    convert,
+    exp_scale,
+)
 from czm_fused.models import cifar_resnet
+from czm_fused.nn import ReLU6
 from small_training import CZM, PLAIN, assert_equal, backward, network, on_every_backend, weights
 
 
@@ -115,3 +127,35 @@ def test_modules_are_captured(name, training, capture):
         outputs.append(each(x))
     torch.testing.assert_close(outputs[1], outputs[0])
     outputs[1].square().sum().backward()
+
+
+def centered():
+    shapes = ((3, 6, 3, 1, 0, 1, 3), (6, 4, 1), (4, 4, 3, 1, 0, 1, 4))
+    model = nn.Sequential(*(CZMConv2d(*shape) for shape in shapes))
+    center_(model, IMAGES)
+    return model
+
+
+TRACED = {
+    "relu6": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), ReLU6()),
+    "exp_scale": lambda: exp_scale(nn.Conv2d(3, 4, 3)),
+    "CZMBasicBlock": lambda: CZMBasicBlock(3, 4, amplitude=0.1),
+    "centered": centered,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(torch.jit|torch.onnx|legacy):DeprecationWarning")
+@pytest.mark.parametrize("name", TRACED)
+def test_traces_can_be_saved_and_exported_to_onnx(name):
+    model, file = TRACED[name]().eval(), io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, IMAGES), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(IMAGES), model(IMAGES))
+    torch.onnx.export(model, (IMAGES,), io.BytesIO(), dynamo=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_trace_of_centered_convolutions_has_no_doubts():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        torch.jit.trace(centered(), IMAGES)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library
 
 from czm_fused.ops.backends import choose
@@ -19,6 +20,22 @@ from czm_fused.ops.layout import to_layout_of
 lib = Library("czm_fused", "FRAGMENT")
 
 Result = Tensor | tuple[Tensor, ...]
+
+
+def needs_plain_torch() -> bool:
+    """Return True while a call must be made of torch's own differentiable operators.
+
+    That is while torch.compile or torch.export traces (Inductor fuses them with their neighbours),
+    while torch.jit.trace does (a saved or ONNX model knows nothing else), under torch.func's
+    transforms, and within a level of forward-mode differentiation.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        # -1 outside all levels. torch's public question is one of a tensor, and dearer.
+        or forward_ad._current_level >= 0
+    )
 
 
 class Operator:
@@ -47,34 +64,25 @@ class Operator:
         self.reference = reference
         self._fake = fake
         self._triton = triton
-        self._differentiable: Callable[..., Any] | None = None
         lib.define(schema)
         lib.define(f"{self.name}_native({signature}")
         self._operator = getattr(torch.ops.czm_fused, self.name).default
         self._native = getattr(torch.ops.czm_fused, f"{self.name}_native").default
+        self._differentiable: Callable[..., Any] = self._operator
         lib.impl(self.name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"czm_fused::{self.name}", fake, lib=lib)
 
     def __call__(self, *args: Tensor | None) -> Any:
-        """Compute the operator: as plain torch where that serves better, else on its kernel.
-
-        Plain torch serves better while torch.compile or torch.export traces (Inductor fuses it with
-        its neighbours), under torch.func's transforms (which know nothing else), and is the
-        reference backend.
-        """
+        """Compute the operator: as plain torch where it must be, else on its kernel."""
         first = args[0]
         assert first is not None
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or choose(first.device) == "reference"
-        ):
+        if needs_plain_torch() or choose(first.device) == "reference":
             return self.reference(*args)
-        return self.apply(*args)
+        return self._differentiable(*args)
 
     def apply(self, *args: Tensor | None) -> Any:
-        """Compute the operator on its kernel, with the registered gradient."""
-        return (self._differentiable or self._operator)(*args)
+        """Compute the operator with the registered gradient on every backend, where it can be."""
+        return self.reference(*args) if needs_plain_torch() else self._differentiable(*args)
 
     def run(self, *args: Tensor | None) -> Result:
         """Compute the operator, without a gradient, on the backend chosen for its device."""
