@@ -34,8 +34,7 @@ def add_relu_noise(
         ValueError: `amplitude` is outside [0, 1), `x` has fewer than two dimensions, or `residual`
             has another shape or device than `x`.
     """
-    if not 0.0 <= amplitude < 1.0:
-        raise ValueError(f"amplitude must be in [0, 1), but was {amplitude}")
+    check_amplitude("amplitude", amplitude)
     if x.dim() < 2:
         raise ValueError(f"x must have the dimensions (N, C, ...), but its shape was {_shape(x)}")
     if not x.is_floating_point():
@@ -54,6 +53,12 @@ def add_relu_noise(
     noise = draw_noise(x, amplitude) if training and amplitude > 0 else None
     result: Tensor = ops.add_relu_noise(x, residual, noise)
     return result
+
+
+def check_amplitude(name: str, amplitude: float) -> None:
+    """Raise a ValueError unless `amplitude`, the argument `name`, is in [0, 1)."""
+    if not 0.0 <= amplitude < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), but was {amplitude}")
 
 
 def draw_noise(x: Tensor, amplitude: float) -> Tensor:

@@ -27,6 +27,7 @@ def residual_tail(x: Tensor, residual: Tensor | None, amplitude: float, training
     """Compute `czm_fused.functional.add_relu_noise`, which torch.jit.script cannot compile."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         return functional.add_relu_noise(x, residual, amplitude, training)
+    functional.check_amplitude("amplitude", amplitude)
     total = x if residual is None else x + residual
     if training and amplitude > 0:
         shape = list(total.shape[:2]) + [1] * (total.dim() - 2)
@@ -324,6 +325,7 @@ class CZMBasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the unit's output for `x` of shape (N, in_channels, H, W)."""
+        functional.check_amplitude("branch_amplitude", self.branch_amplitude)
         branch = x
         if self.branch_amplitude > 0 and self.training:
             branch = residual_tail(x, None, self.branch_amplitude, True)
@@ -441,18 +443,18 @@ class ChannelNoise(nn.Module):
             place, instead of the input itself. Default False.
 
     Raises:
-        ValueError: `amplitude` is outside [0, 1).
+        ValueError: `amplitude` is outside [0, 1), here or in `forward`.
     """
 
     def __init__(self, amplitude: float, *, copies: bool = False) -> None:
         super().__init__()
-        if not 0.0 <= amplitude < 1.0:
-            raise ValueError(f"amplitude must be in [0, 1), but was {amplitude}")
+        functional.check_amplitude("amplitude", amplitude)
         self.amplitude = amplitude
         self.copies = copies
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the result for `x` of shape (N, channels, ...), of its dtype."""
+        functional.check_amplitude("amplitude", self.amplitude)
         if self.training and self.amplitude > 0:
             return _multiply_by_noise(x, self.amplitude)
         return x.clone() if self.copies else x

@@ -158,3 +158,8 @@ def test_the_ends_of_branches_are_found_behind_noise():
 def test_other_amplitudes_are_refused(amplitude):
     with pytest.raises(ValueError, match=r"amplitude must be in \[0, 1\)"):
         ChannelNoise(amplitude)
+    layer = ChannelNoise(0.1)
+    layer.amplitude = amplitude
+    for mode in (True, False):
+        with pytest.raises(ValueError, match=r"amplitude must be in \[0, 1\)"):
+            layer.train(mode)(torch.ones(2, 3))

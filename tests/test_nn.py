@@ -369,6 +369,18 @@ def test_basic_block_draws_noise_in_training_only(backend):
         CZMBasicBlock(4, 3)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("amplitude", [-0.5, 5.0])
+@pytest.mark.parametrize("name", ["amplitude", "branch_amplitude"])
+def test_basic_block_refuses_amplitudes(name, amplitude, training):
+    block = CZMBasicBlock(4, 4).train(training)
+    setattr(block, name, amplitude)
+    with pytest.raises(ValueError, match=rf"^{name} must be in \[0, 1\), but was {amplitude}"):
+        block(torch.ones(2, 4, 3, 3))
+    with pytest.raises(torch.jit.Error, match=r"must be in \[0, 1\)"):
+        torch.jit.script(block)(torch.ones(2, 4, 3, 3))
+
+
 def test_basic_block_keeps_two_activations_and_the_noise(backend):
     saved = {}
 
