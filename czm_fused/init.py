@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -35,6 +36,9 @@ Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """The modules whose weights are filters along dimension 0; transposed convolutions are not."""
+
+_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
+"""What those modules call, in that order."""
 
 
 def czm_weight_(
@@ -234,7 +238,8 @@ def check_module(model: Any) -> None:
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
-        ValueError: it, or a module in it, was scripted, traced or exported.
+        ValueError: it, or a module in it, was scripted, exported, traced by torch.jit, or traced by
+            torch.fx to the functions of its convolutions.
     """
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
@@ -246,12 +251,17 @@ def check_module(model: Any) -> None:
         compiler = ""
         if isinstance(module, torch.jit.ScriptModule):
             compiler = "scripted or traced by torch.jit"
-        elif isinstance(module, torch.fx.GraphModule) and any(
-            isinstance(node.target, torch._ops.OpOverload)
-            and "conv" in node.target.name().rpartition("::")[2]
-            for node in module.graph.nodes
-        ):
-            compiler = "exported by torch.export"
+        elif isinstance(module, torch.fx.GraphModule):
+            targets = [node.target for node in module.graph.nodes]
+            if any(
+                isinstance(target, torch._ops.OpOverload)
+                and "conv" in target.name().rpartition("::")[2]
+                for target in targets
+            ):
+                compiler = "exported by torch.export"
+            # torch.fx looks into modules that are not of torch.nn, as those of czm_fused.nn.
+            elif any(target in _FUNCTIONS for target in targets):
+                compiler = "traced by torch.fx through its convolutions"
         if compiler:
             what = f"its module {name!r}" if name else "it"
             raise ValueError(

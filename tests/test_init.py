@@ -298,9 +298,18 @@ def exported():
     return torch.export.export(nn.Conv2d(3, 4, 3), (torch.ones(1, 3, 4, 4),)).module()
 
 
+def traced_by_fx():
+    return torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), CZMConv2d(4, 4, 3)))
+
+
 @pytest.mark.parametrize(
     ("make", "compiler"),
-    [(scripted, "scripted"), (traced, "traced"), (exported, "exported")],
+    [
+        (scripted, "scripted"),
+        (traced, "traced"),
+        (exported, "exported"),
+        (traced_by_fx, "traced by torch.fx through its convolutions"),
+    ],
 )
 def test_models_without_python_modules_are_refused(make, compiler):
     with pytest.raises(ValueError, match=f"its module '1' is .*{compiler}.*pass the model that"):
