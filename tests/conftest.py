@@ -1,12 +1,23 @@
-"""How tests import the scripts of benchmarks/, which a source distribution may lack, and shard."""
+"""What tests share: the processors, the scripts of benchmarks/ where there are any, sharding."""
 
 import importlib
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def pytest_configure():
+    """Share the processors out among the workers of pytest-xdist, and what they start."""
+    # Threads that wait for one another keep a processor, which another worker's need.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        threads = max(1, torch.get_num_threads() // workers)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 @pytest.fixture
