@@ -374,12 +374,10 @@ class ReLU6(nn.ReLU6):
     torch's keeps both a copy of the input and, for the next layer, the output. `convert` puts this
     in its place: half the memory of a network whose convolutions are each followed by a ReLU6. As
     backward needs the output, nothing may change it in place; where something does, torch's stays.
+    `inplace=True` writes the result over the input, as torch's does.
 
         >>> ReLU6()(torch.tensor([-1.0, 3.0, 9.0]))
         tensor([0., 3., 6.])
-
-    Args:
-        inplace: write the result over the input. Default False.
     """
 
     def forward(self, input: Tensor) -> Tensor:
