@@ -316,6 +316,7 @@ def _step_streamed(
         begin += TILE
     grad_grad = tl.full([], 0.0, REAL)
     if needs_squares:
+        # A selection, as one more condition of the loop would cost a stack on sm_80.
         grad_grad = tl.where(filter.needs_sums, tl.sum(squares, axis=0), 0.0)
     sums = FilterSums(weight_weight=weight_weight, grad_weight=grad_weight, grad_grad=grad_grad)
     rule = _new_rule(filter, scale, hyper, writes, sums, REAL)
