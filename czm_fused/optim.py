@@ -37,9 +37,9 @@ from czm_fused.ops.step.tensors import ParamState, StepInputs, find_tensors
 _params_of = operator.itemgetter("params")
 _options_of = operator.itemgetter(*OPTIONS)
 _hyperparameters_of = operator.itemgetter(*HYPERPARAMETER_NAMES)
-_SWITCHES = tuple(
+_SWITCHES = [
     index for index, hyperparameter in enumerate(HYPERPARAMETERS) if hyperparameter.flag is not None
-)
+]
 _MOST_PLANS = 8
 _FILTER_DIMS = {"min_filter_dim": 3, "max_filter_dim": None}
 _NEWER_THAN_SOME_PICKLES = {"capturable": False, "master_weights": False, "grad_norm": 0.0}
@@ -455,28 +455,24 @@ class _Converted:
         self, param_groups: list[dict[str, Any]], values: list[Any], before: _Converted | None
     ) -> None:
         changed = None if before is None else before._changed(values)
-        rows: list[list[float | DeviceScalar]] = []
         if before is not None and changed is not None:
             # A rate that a scheduler has changed, most often: the rest has been checked.
-            rows = list(map(list, before._rows))
+            numbers = {}
             for number in changed:
                 index, column = divmod(number, len(HYPERPARAMETERS))
                 hyperparameter = HYPERPARAMETERS[column]
                 if hyperparameter.flag or not hyperparameter.is_valid(values[number]):
                     check_hyperparameters(param_groups[index])
-                rows[index][column] = values[number]
+                numbers[index, column] = values[number]
+            self.hyperparameters: Hyperparameters = before.hyperparameters.replaced(numbers)
         else:
+            rows: list[list[float | DeviceScalar]] = []
             for group in param_groups:
                 check_hyperparameters(group)
                 device = group["params"][0].device if group["params"] else None
                 rows.append([scalar(name, group[name], device) for name in HYPERPARAMETER_NAMES])
-        self._rows: list[list[float | DeviceScalar]] = rows
-        self.hyperparameters = Hyperparameters(rows)
-        self.switches = tuple([
-            isinstance(row[index], DeviceScalar) or row[index] != 0
-            for row in rows
-            for index in _SWITCHES
-        ])
+            self.hyperparameters = Hyperparameters(rows)
+        self.switches = self.hyperparameters.are_set(_SWITCHES)
         self._values = values
         # A tensor's value may change while it remains the same tensor.
         self._is_constant = not any([isinstance(value, Tensor) for value in values])

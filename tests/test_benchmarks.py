@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
+import sys
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -256,6 +259,39 @@ def test_step_throughput_stops_at_a_wrong_provider(
     path = tmp_path / "rows.jsonl"
     assert benchmark_script("step_throughput").main([*SHORT, "--json", str(path)]) == 1
     assert "czm_foreach (torch) is not the paper's step" in capsys.readouterr().err
+    assert not path.exists()
+
+
+@pytest.fixture
+def host_time(benchmark_script, monkeypatch):
+    # torch looks for ninja on PATH alone.
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    if not (shutil.which("ninja") and shutil.which("c++")):
+        pytest.skip("there is no ninja, or no C++ compiler")
+    return benchmark_script("host_time")
+
+
+def test_host_time_writes_rows(host_time, rows, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert host_time.main(["--rounds", "2", "--json", str(path)]) == 0
+    found = rows.read(path)
+    assert {(row.provider, row.config["rate"]) for row in found if row.metric == "host"} == {
+        ("cuda", "constant"), ("cuda", "changes"), ("triton", "constant"), ("triton", "changes"),
+        ("floor", "constant"), ("floor_without_state", "constant"),
+    }  # fmt: skip
+    # 220 parameters, gradients and momenta; of 109 convolutions two more.
+    assert rows.value(found, metric="tensors") == 3 * 220 + 2 * 109
+
+
+def test_host_time_stops_at_wrong_addresses(host_time, monkeypatch, tmp_path, capsys):
+    step = host_time.UnlaunchedCudaStep
+    run = step._run
+    monkeypatch.setattr(
+        step, "_run", lambda self, launch, given: run(self, launch, given._replace(grads=bytes(8)))
+    )
+    path = tmp_path / "rows.jsonl"
+    assert host_time.main(["--rounds", "1", "--json", str(path)]) == 1
+    assert "cuda was not given the addresses" in capsys.readouterr().err
     assert not path.exists()
 
 

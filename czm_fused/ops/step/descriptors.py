@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,6 +177,24 @@ class Hyperparameters:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def replaced(self, numbers: Mapping[tuple[int, int], float]) -> Hyperparameters:
+        """Return a copy that has `numbers` instead, by group and position."""
+        changed = object.__new__(Hyperparameters)
+        changed._rows = rows = list(map(list, self._rows))
+        changed.values, changed.addresses = self.values.copy(), self.addresses
+        for (index, column), number in numbers.items():
+            rows[index][column] = changed.values[index, column] = number
+        changed.value_bytes = changed.values.tobytes()
+        return changed
+
+    def are_set(self, columns: Sequence[int]) -> tuple[bool, ...]:
+        """Return for each group whether its hyperparameters in `columns` may be other than 0."""
+        return tuple([
+            isinstance(row[column], DeviceScalar) or row[column] != 0
+            for row in self._rows
+            for column in columns
+        ])
 
     def group(self, index: int) -> dict[str, float | Tensor]:
         """Return a group's hyperparameters by name, device scalars as tensors."""
