@@ -124,15 +124,28 @@ def uncenter_(model: nn.Module) -> None:
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
-        ValueError: `model` is scripted, traced or exported, or has a lazy convolution that has no
-            weight yet.
+        ValueError: modules came to share the bias of a centred convolution, or `model` is scripted,
+            traced or exported, or has a lazy convolution that has no weight yet. Nothing is changed
+            then.
     """
-    convolutions = named_convolutions(model)
+    centered: dict[str, Any] = {
+        name: convolution
+        for name, convolution in named_convolutions(model).items()
+        if isinstance(convolution, CZM_CONVOLUTIONS) and convolution.input_mean is not None
+    }
+    shared = shared_parameters(model)
+    for name, convolution in centered.items():
+        if convolution.bias is not None and id(convolution.bias) in shared:
+            raise ValueError(
+                f"the bias of {name!r} must be its own to take up the mean, but another module has "
+                "it too; give each a copy"
+            )
     reshard(model)
-    for convolution in convolutions.values():
-        if isinstance(convolution, CZM_CONVOLUTIONS) and convolution.input_mean is not None:
+    for convolution in centered.values():
+        # Without a bias, the mean has no effect.
+        if convolution.bias is not None:
             _add_to_bias(convolution, -convolution.input_mean)
-            convolution.input_mean = None
+        convolution.input_mean = None
 
 
 class _Means:

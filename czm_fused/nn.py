@@ -145,9 +145,11 @@ class _CZMConv(_ConvNd):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Take the means of a state that has them, and forget them for one that has none."""
         if self.input_mean is None and f"{prefix}input_mean" in state_dict:
-            self.input_mean = torch.zeros_like(state_dict[f"{prefix}input_mean"]).to(
-                self.weight.device
-            )
+            # Training, which may follow, cannot save what inference mode has made.
+            with torch.inference_mode(False):
+                self.input_mean = torch.zeros_like(
+                    state_dict[f"{prefix}input_mean"], device=self.weight.device
+                )
         elif f"{prefix}weight" in state_dict and f"{prefix}input_mean" not in state_dict:
             self.input_mean = None
         super()._load_from_state_dict(state_dict, prefix, *args)

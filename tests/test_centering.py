@@ -158,6 +158,25 @@ def test_a_state_with_means_loads_into_modules_without():
     assert model[0].input_mean is None
 
 
+def test_uncenter_refuses_a_bias_that_came_to_be_shared():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)).double()
+    center_(model, images())
+    model[1].bias = model[0].bias
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="the bias of '0' must be its own"):
+        uncenter_(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_uncenter_forgets_the_mean_of_a_convolution_whose_bias_is_gone():
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 3)).double(), images()
+    center_(model, x)
+    model[0].bias = None
+    expected = model(x)
+    uncenter_(model)
+    assert torch.equal(model(x), expected) and model[0].input_mean is None
+
+
 def test_uncenter_takes_a_module():
     with pytest.raises(TypeError, match="must be a torch.nn.Module, but was of type list"):
         uncenter_([network()])
@@ -295,6 +314,17 @@ def test_centered_in_inference_mode_trains():
     assert (after - before).abs().max() <= bound(before)
     after.sum().backward()
     assert not any(each.is_inference() for each in model.state_dict().values())
+
+
+def test_means_loaded_in_inference_mode_train():
+    model, x = network(), images()
+    center_(model, x)
+    fresh = nn.Sequential(CZMConv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    state = {f"0.{name}": value for name, value in model[0].state_dict().items()}
+    with torch.inference_mode():
+        fresh.load_state_dict(state, strict=False)
+    fresh(x.to(fresh[2].weight.dtype)).sum().backward()
+    assert not fresh[0].input_mean.is_inference()
 
 
 def test_not_finite_means_change_nothing():
