@@ -20,6 +20,9 @@ from czm_fused.ops.step.spec import compute_dtype
 CENTERED = dict(zip(CONVOLUTIONS, CZM_CONVOLUTIONS, strict=True))
 """torch's convolutions, and those that can read their input relative to its mean."""
 
+_UNCENTERED = "_class_without_mean"
+"""The attribute for torch's class of a convolution whose class `center_` has changed."""
+
 
 def center_(model: nn.Module, example_input: Any) -> int:
     """Let every convolution of `model` read its input relative to its mean, in place.
@@ -111,7 +114,7 @@ def uncenter_(model: nn.Module) -> None:
     """Move the means that `center_` has set into the biases, in place, and forget them.
 
     The outputs of the model stay what they were, to rounding; its `state_dict` is that of a plain
-    network again.
+    network again, and convolutions whose class `center_` has changed are of torch's own class.
 
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3))
         >>> _ = center_(network, torch.rand(16, 3, 8, 8))
@@ -128,9 +131,10 @@ def uncenter_(model: nn.Module) -> None:
             traced or exported, or has a lazy convolution that has no weight yet. Nothing is changed
             then.
     """
+    convolutions: dict[str, Any] = dict(named_convolutions(model))
     centered: dict[str, Any] = {
         name: convolution
-        for name, convolution in named_convolutions(model).items()
+        for name, convolution in convolutions.items()
         if isinstance(convolution, CZM_CONVOLUTIONS) and convolution.input_mean is not None
     }
     shared = shared_parameters(model)
@@ -146,6 +150,15 @@ def uncenter_(model: nn.Module) -> None:
         if convolution.bias is not None:
             _add_to_bias(convolution, -convolution.input_mean)
         convolution.input_mean = None
+    for convolution in convolutions.values():
+        before = vars(convolution).get(_UNCENTERED)
+        # Sharding has made it a class of its own.
+        if type(convolution) is CENTERED.get(before):
+            delattr(convolution, _UNCENTERED)
+            convolution.__class__ = before
+            del convolution.input_mean
+            if not convolution.stem:
+                del convolution.stem
 
 
 class _Means:
@@ -174,13 +187,30 @@ class _Means:
     def averaged(self) -> dict[str, Tensor]:
         """Return the means by name of what was read, over the inputs of all processes."""
         sums = self.sums
-        if sums and torch.distributed.is_available() and torch.distributed.is_initialized():
-            flat = torch.cat([*sums.values()])
-            torch.distributed.all_reduce(flat)
-            parts = flat.split_with_sizes([len(each) for each in sums.values()])
-            sums = dict(zip(sums, parts, strict=True))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            sums = self._of_all_processes()
         # A batch may be empty, as that of the regions which a detector looks at further.
         return {name: each[:-1] / each[-1] for name, each in sums.items() if each[-1] > 0}
+
+    def _of_all_processes(self) -> dict[str, Tensor]:
+        # In one order and dtype on all processes, of whatever ran on this one.
+        weights = {name: each.weight for name, each in self.convolutions.items()}
+        is_double = any(weight.dtype == torch.float64 for weight in weights.values())
+        ran = next(iter(self.sums.values()), next(iter(weights.values())))
+        flat = torch.zeros(
+            sum(each.in_channels + 1 for each in self.convolutions.values()),
+            dtype=torch.float64 if is_double else torch.float32,
+            device=ran.device,
+        )
+        parts = flat.split([each.in_channels + 1 for each in self.convolutions.values()])
+        named = dict(zip(weights, parts, strict=True))
+        for name, its_sums in self.sums.items():
+            named[name].copy_(its_sums)
+        torch.distributed.all_reduce(flat)
+        return {
+            name: part.to(self.sums.get(name, part).device, compute_dtype(weights[name].dtype))
+            for name, part in named.items()
+        }
 
 
 def _can_be_centered(convolution: Any) -> bool:
@@ -195,6 +225,7 @@ def _can_be_centered(convolution: Any) -> bool:
 def _set_mean(convolution: Any, mean: Tensor) -> None:
     if type(convolution) in CENTERED:
         # The module stays itself, with its name, hooks and parameters.
+        setattr(convolution, _UNCENTERED, type(convolution))
         convolution.__class__ = CENTERED[type(convolution)]
         convolution.stem = getattr(convolution, "stem", False)
         convolution.register_buffer("input_mean", None)

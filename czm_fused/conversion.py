@@ -27,6 +27,7 @@ from czm_fused._internal.replacement import (
     replace_modules,
     replacement_for,
     save_outputs_alone,
+    still_called,
 )
 from czm_fused._internal.text import Tabular, article, shorten
 from czm_fused._internal.undo import undone_on_error
@@ -214,7 +215,7 @@ def convert(
     convolutions = named_convolutions(model)
     _warn_of_optimizers(model, plan)
     with undone_on_error(model, convolutions.values()):
-        _carry_out(model, plan, noise)
+        _carry_out(model, plan, noise, example_input)
         if plan.removed:
             if gain is None:
                 convolutions = _followed(plan, convolutions)
@@ -455,7 +456,7 @@ def _followed(plan: ConversionPlan, convolutions: dict[str, Convolution]) -> dic
     return {name: each for name, each in convolutions.items() if name in fed}
 
 
-def _carry_out(model: nn.Module, plan: ConversionPlan, noise: float) -> None:
+def _carry_out(model: nn.Module, plan: ConversionPlan, noise: float, example_input: Any) -> None:
     modules = dict(model.named_modules())
     replacements: dict[nn.Module, nn.Module] = {}
     for change in plan.changes:
@@ -471,9 +472,21 @@ def _carry_out(model: nn.Module, plan: ConversionPlan, noise: float) -> None:
             norm, affine=change.action == AFFINE, copies=change.copies, noise=noise
         )
     replace_modules(model, replacements)
+    norms = {name: module for name, module in modules.items() if module in replacements}
+    _check_gone(model, norms, example_input)
     save_outputs_alone(model, [modules[name] for name in plan.activations])
     for name, convolution in named_convolutions(model).items():
         _mark(convolution, name in plan.stem)
+
+
+def _check_gone(model: nn.Module, norms: dict[str, nn.Module], example_input: Any) -> None:
+    """Raise a ValueError if the model's forward pass still calls one of the replaced `norms`."""
+    names = still_called(model, norms, example_input)
+    if names:
+        raise ValueError(
+            f"model must reach its BatchNorm {names[0]!r} as a child of a module alone, but does so "
+            "another way too, as through a list or a dict; use nn.ModuleList or nn.ModuleDict"
+        )
 
 
 def _mark(convolution: Any, is_stem: bool) -> None:

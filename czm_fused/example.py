@@ -18,7 +18,7 @@ SIZES = (32, 28, 64, 96, 224, 256, 299)
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore on exit the attributes and buffers of `model` and the state of torch's generators."""
+    """Restore on exit the modes, attributes and buffers of `model`, and torch's generators."""
     attributes = {module: dict(vars(module)) for module in model.modules()}
     modes = {module: module.training for module in model.modules()}
     buffers = [
@@ -33,6 +33,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(accelerators, device_type=device_type):
             yield
     finally:
+        for module, training in modes.items():
+            # What a class does on a change of its mode, it alone can undo: merge weights, as LoRA
+            # does, or take another graph, as torchvision's feature extractors do.
+            if type(module).train is not nn.Module.train and module.training != training:
+                module.train(training)
         for module, values in attributes.items():
             vars(module).clear()
             vars(module).update(values)
@@ -45,6 +50,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 # A write makes graphs stale that exist, so unchanged buffers are left alone. Batch
                 # normalisation writes its running statistics without a new version.
                 if buffer._version != version or not _same(buffer, content):
+                    # Observers of quantisation get their size in their first pass.
+                    if buffer.shape != content.shape:
+                        buffer.resize_as_(content)
                     buffer.copy_(content)
 
 

@@ -185,6 +185,9 @@ def init_convolutions_(
             _assign(name, convolution, "weight", czm_weight_(weight, **options))
         else:
             czm_weight_(convolution.weight, **options)
+        if "input_mean" in convolution._buffers:
+            # Of what the weights before made.
+            convolution._buffers["input_mean"] = None
         if parametrize.is_parametrized(convolution, "bias"):
             bias: Any = convolution.bias
             _assign(name, convolution, "bias", torch.zeros_like(bias))

@@ -137,10 +137,13 @@ class _CZMConv(_ConvNd):
         return self._conv_forward(input, weight, bias)
 
     def reset_parameters(self) -> None:
-        """Initialise the weight by CZMI (`czm_fused.init.czm_weight_`) and the bias to 0."""
+        """Initialise the weight by CZMI (`czm_fused.init.czm_weight_`), the bias to 0, no mean."""
         czm_weight_(self.weight, zero_mean=not (self.stem or is_depthwise(self)))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        # torch's constructor calls this first.
+        if "input_mean" in self._buffers:
+            self.input_mean = None
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Take the means of a state that has them, and forget them for one that has none."""

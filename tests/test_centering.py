@@ -15,6 +15,7 @@ from czm_fused import (
     FusedCZMSGD,
     center_,
     convert,
+    czm_init_,
     czm_param_groups,
     exp_scale,
     uncenter_,
@@ -174,7 +175,31 @@ def test_uncenter_forgets_the_mean_of_a_convolution_whose_bias_is_gone():
     model[0].bias = None
     expected = model(x)
     uncenter_(model)
-    assert torch.equal(model(x), expected) and model[0].input_mean is None
+    assert torch.equal(model(x), expected) and "0.input_mean" not in model.state_dict()
+
+
+def test_uncenter_gives_torchs_class_back():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), CZMConv2d(4, 4, 3)).double()
+    before = [vars(module).keys() for module in model]
+    center_(model, images())
+    assert type(model[0]) is CZMConv2d
+    pickled = io.BytesIO()
+    torch.save(model, pickled)
+    pickled.seek(0)
+    for each in (model, torch.load(pickled, weights_only=False)):
+        uncenter_(each)
+        assert [type(module) for module in each] == [nn.Conv2d, CZMConv2d]
+        assert [vars(module).keys() for module in each] == before
+    assert center_(model, images()) == 2
+
+
+@pytest.mark.parametrize("initialise", [czm_init_, lambda model: model[0].reset_parameters()])
+def test_initialisation_forgets_the_mean(initialise):
+    model = nn.Sequential(CZMConv2d(3, 4, 3)).double()
+    center_(model, images())
+    initialise(model)
+    assert model[0].input_mean is None
+    assert model(torch.zeros(1, 3, 5, 5, dtype=torch.float64)).count_nonzero() == 0
 
 
 def test_uncenter_takes_a_module():
@@ -431,7 +456,7 @@ def test_sharded_models_keep_outputs_and_parameters(fully_shard, whole):
         assert all(hasattr(each, "full_tensor") for each in model.parameters())
         assert (model(x) - before).abs().max() <= bound(before)
     uncenter_(model)
-    assert model[0].input_mean is None
+    assert not any("input_mean" in name for name in model.state_dict())
     assert (model(x) - before).abs().max() <= bound(before)
 
 

@@ -448,3 +448,26 @@ def test_noise_shields_its_input_from_changes_in_place(training):
     result = model.train(training)(images)
     torch.manual_seed(1)
     torch.testing.assert_close(result, y + F.relu(model.norm(y)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("from_pretrained", [True, False])
+@pytest.mark.parametrize(
+    "hide", [lambda norm: [norm], lambda norm: lambda: norm, lambda norm: {0: norm}]
+)
+def test_batch_norm_reached_past_its_parent_is_refused(hide, from_pretrained):
+    class Hiding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.hidden = hide(self.norm)
+
+        def forward(self, x):
+            norm = self.hidden() if callable(self.hidden) else self.hidden[0]
+            return norm(self.conv(x))
+
+    model = Hiding()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="must reach its BatchNorm 'norm' as a child of a module"):
+        convert(model, from_pretrained=from_pretrained)
+    assert type(model.norm) is nn.BatchNorm2d
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from czm_fused.init import CONVOLUTIONS, Convolution
+from czm_fused.example import hooked, preserved, run_example, zeros_for
+from czm_fused.init import CONVOLUTIONS, Convolution, named_convolutions
 from czm_fused.nn import ChannelAffine, ChannelNoise, Copy, CZMConv2d, ReLU6
 
 
@@ -18,6 +19,31 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         for key, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[key] = replacements[child]
+
+
+def still_called(model: nn.Module, modules: Mapping[str, nn.Module], example: Any) -> list[str]:
+    """Return the names of those of `modules` that a pass of `model` in eval mode calls.
+
+    Args:
+        model: within which they have been replaced.
+        modules: by the names that they had.
+        example: as `czm_fused.example.run_example` takes it; None for zeros.
+    """
+    if not modules:
+        return []
+    called = set()
+    hooks = (
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name, module in modules.items()
+    )
+    gone = nn.ModuleList(modules.values())
+    with preserved(model), preserved(gone), hooked(hooks):
+        model.eval()
+        gone.eval()
+        if example is None:
+            example = zeros_for(model, next(iter(named_convolutions(model).values())))
+        run_example(model, example)
+    return [name for name in modules if name in called]
 
 
 def save_outputs_alone(model: nn.Module, activations: Iterable[nn.ReLU6]) -> None:

@@ -211,6 +211,30 @@ def test_centered_and_normalized_gradients():
         assert (model[0].input_mean - x.mean(dim=(0, 2, 3))).abs().max() <= 1e-6
 
 
+class EitherWay(nn.Module):
+    """Runs its convolutions in an order of each rank's own, or one of them alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.order = [0, 1, 2]
+
+    def forward(self, x):
+        return [self.convolutions[number](x + 10 * number) for number in self.order]
+
+
+@on_both_ranks
+def test_centered_in_another_order_on_each_rank():
+    model = EitherWay()
+    model.order = [[1, 0], [0, 1, 2]][dist.get_rank()]
+    x = batch(0)
+    assert center_(model, own_part(x)) == 3
+    mean = x.mean(dim=(0, 2, 3))
+    last = x.chunk(RANKS)[1].mean(dim=(0, 2, 3))
+    for number, expected in enumerate((mean, mean + 10, last + 20)):
+        assert (model.convolutions[number].input_mean - expected).abs().max() <= 1e-5
+
+
 @on_both_ranks
 def test_zero_redundancy():
     from torch.distributed.optim import ZeroRedundancyOptimizer
