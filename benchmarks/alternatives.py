@@ -87,6 +87,8 @@ class AlternativesOptions(Options):
             raise ValueError(f"--width must be a multiple of 4, but was {self.width}")
         if "accuracy" in self.measure and self.data_dir is None:
             raise ValueError("--measure accuracy needs --data-dir; or name --measure counts times")
+        if self.plot and not {"times", "accuracy"} <= {*self.measure}:
+            raise ValueError("--plot shows accuracy over time: --measure both, or leave it out")
         for part in ("train", "test"):
             if self.data_dir is not None and not (self.data_dir / part).is_dir():
                 raise ValueError(f"--data-dir: {self.data_dir} has no folder {part}")

@@ -189,6 +189,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.data is None and not args.report:
         parser.error("--data is needed, except with --report")
+    if args.data is not None and not args.data.exists():
+        parser.error(f"--data: there is no {args.data}")
 
     torch.set_num_threads(args.threads)
     rows = Rows(args.out / "rows.jsonl", None if args.report else args.data, args.tag)

@@ -484,7 +484,7 @@ def _check_gone(model: nn.Module, norms: dict[str, nn.Module], example_input: An
     names = still_called(model, norms, example_input)
     if names:
         raise ValueError(
-            f"model must reach its BatchNorm {names[0]!r} as a child of a module alone, but does so "
+            f"model must reach its BatchNorm {names[0]!r} as a child of a module, but does it in "
             "another way too, as through a list or a dict; use nn.ModuleList or nn.ModuleDict"
         )
 

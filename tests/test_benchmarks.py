@@ -211,6 +211,7 @@ def test_tradeoff_keeps_its_legend_off_the_points(
         (["--steps", "0"], "--steps must be at least 1, but was 0"),
         (["--json", "/nowhere/rows.jsonl"], "the folder /nowhere does not exist"),
         (["--backend", "cuda"], "cuda"),
+        (["--plot", "step.xyz"], "--plot must end in .png, .svg, .pdf, but was step.xyz"),
     ],
 )
 def test_options_that_cannot_be_used_end_with_one_line(

@@ -257,6 +257,21 @@ def test_headline_numbers_are_of_committed_files():
     assert [row for row in rows if row not in text] == []
 
 
+@pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="no benchmarks beside the tests")
+def test_results_that_are_named_are_there():
+    results = ROOT / "benchmarks" / "results" / "cpu"
+    first_cells = re.findall(r"^\| (.*?) \|", (results / "README.md").read_text(), re.MULTILINE)
+    names = {name for cell in first_cells for name in re.findall(r"`([\w./*-]+)`", cell)}
+    files = {name.rstrip("/") for name in names if re.search(r"/$|\.\w+$|\.\*$|-s\d$", name)}
+    assert len(files) > 30
+    places = (ROOT, ROOT / "benchmarks")
+    assert [
+        name
+        for name in sorted(files)
+        if not (any(results.rglob(name)) or any((place / name).exists() for place in places))
+    ] == []
+
+
 @needs_pages
 def test_readme_is_included_nowhere():
     for page in ROOT.glob("docs/**/*.md"):

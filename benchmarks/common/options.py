@@ -12,6 +12,8 @@ import torch
 
 _Options = TypeVar("_Options", bound="Options")
 
+_PICTURES = (".png", ".svg", ".pdf")
+
 
 @dataclass(kw_only=True)
 class Options:
@@ -46,6 +48,8 @@ class Options:
             path = getattr(self, name)
             if path is not None and not path.parent.is_dir():
                 raise ValueError(f"--{name}: the folder {path.parent} does not exist; make it")
+        if self.plot is not None and self.plot.suffix not in _PICTURES:
+            raise ValueError(f"--plot must end in {', '.join(_PICTURES)}, but was {self.plot}")
 
     def at_least(self, least: float, *names: str) -> None:
         """Check that options, where they are given, are numbers of `least` or more.

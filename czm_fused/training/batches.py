@@ -68,9 +68,11 @@ class DeviceBatches:
     """
 
     has_test = True
+    generators: tuple[torch.Generator, ...] = ()
 
     def __init__(self, data: DataSet, config: Config, generator: torch.Generator) -> None:
         self.data, self.config, self.generator = data, config, generator
+        self.batch_size: int | None = config.batch_size
         self.normalise = Normalisation(data.train.pixels)
 
     def training(self) -> list[Tensor]:
@@ -106,7 +108,10 @@ class DeviceBatches:
 
 
 class LoaderBatches:
-    """Batches of the user's DataLoader, or of a pair of them for training and test, as they are."""
+    """Batches of the user's DataLoader, or of a pair of them for training and test, as they are.
+
+    `generators` are the loaders' own, and `batch_size` is that of the training, None if unknown.
+    """
 
     def __init__(self, data: Any, device: torch.device) -> None:
         loaders = tuple(data) if isinstance(data, (tuple, list)) else (data,)
@@ -119,6 +124,11 @@ class LoaderBatches:
         self._device = device
         self._sample: Tensor | None = None
         self.has_test = len(loaders) == 2 and loaders[1] is not None
+        self.batch_size: int | None = getattr(loaders[0], "batch_size", None)
+        owners = [each for loader in loaders for each in (loader, getattr(loader, "sampler", None))]
+        found = (getattr(owner, "generator", None) for owner in owners)
+        generators = [each for each in found if isinstance(each, torch.Generator)]
+        self.generators = tuple(dict.fromkeys(generators))
 
     def training(self) -> Iterable[Any]:
         return self._loaders[0]

@@ -15,6 +15,7 @@ import torch
 from .errors import TrainingError, explained
 
 FILE_NAME = "checkpoint.pt"
+DRAFT_SUFFIX = ".tmp"
 FORMAT = b"czm-train checkpoint 4"
 
 
@@ -57,7 +58,7 @@ def _digest(content: bytes) -> bytes:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a file to write, which becomes `path` once it is complete and on the disk."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    draft = path.with_name(f"{path.name}.{os.getpid()}{DRAFT_SUFFIX}")
     try:
         with open(draft, "wb") as file:
             yield file

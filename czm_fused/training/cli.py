@@ -18,7 +18,7 @@ from .config import Config, check_resumed, from_saved, known, option
 from .errors import TrainingError, explained
 
 T = TypeVar("T")
-C = TypeVar("C", bound=Config)
+C = TypeVar("C", bound="Options")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,8 @@ class CommandLine(Options):
 
     resume: str | None = None
     """Go on from this checkpoint or folder of a run, without a value from --out. Its options apply;
-    --epochs (of steps), --device (of the same kind), --out and options of speed may change."""
+    --epochs (of steps), --device (of the same kind), --out, --backend, --cuda-graph and where data
+    are may change."""
     overwrite: bool = False
     """Replace the run that --out holds, if any."""
 
@@ -81,7 +82,7 @@ def parse(
     """Return the options in `arguments`, over those of a YAML file, of `base`, and the defaults."""
     path = _value_of("--config", arguments)
     if path:
-        prog, base = f"{prog} --config {path}", [*base, *to_arguments(_yaml(path))]
+        prog, base = f"{prog} --config {path}", [*base, *to_arguments(_yaml(path, kind))]
     arguments = [*base, *arguments]
     chosen = (_value_of(name, arguments) for name in ("--method", "--dataset"))
     options: C = read(kind, arguments, prog, default=kind(**known(*chosen)))
@@ -130,11 +131,18 @@ def _value_of(name: str, arguments: Sequence[str]) -> str | None:
     return found[-1] if found else None
 
 
-def _yaml(path: str) -> dict[str, Any]:
+def _yaml(path: str, kind: type[Options]) -> dict[str, Any]:
     import yaml
 
     with explained(f"cannot read --config {path}"):
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         if not isinstance(values, dict):
             raise ValueError("it must hold lines as lr: 0.2, one an option")
-        return {str(name): value for name, value in values.items()}
+        for name in {"config", "resume"} & values.keys():
+            raise ValueError(f"{name} must be given on the command line, not in a file")
+        # YAML reads off as a boolean, which is also a word of some options.
+        flags = {field.name for field in fields(kind) if field.type == "bool"}
+        return {
+            str(name): "off" if value is False and name not in flags else value
+            for name, value in values.items()
+        }

@@ -8,6 +8,7 @@ import hashlib
 import os
 import stat
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,6 +52,15 @@ class DataSet:
     train: Images
     test: Images
     num_classes: int
+
+    def digest(self) -> str:
+        """Return a string that differs where images, labels or classes do."""
+        parts = (self.train.pixels, self.train.labels, self.test.pixels, self.test.labels)
+        sums = [
+            f"{tuple(part.shape)} {zlib.crc32(part.contiguous().numpy().data):08x}"
+            for part in parts
+        ]
+        return f"{self.num_classes} classes, {', '.join(sums)}"
 
     def to(self, device: torch.device) -> DataSet:
         return DataSet(self.train.to(device), self.test.to(device), self.num_classes)

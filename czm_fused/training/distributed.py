@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import TrainingError, explained
 
@@ -35,7 +36,7 @@ class Ranks:
         """
         if self.size == 1:
             return model
-        if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        if any(isinstance(module, _BatchNorm) for module in model.modules()):
             if device.type != "cuda":
                 raise TrainingError(
                     "--method bn in several processes needs --device cuda, since torch gathers "

@@ -134,7 +134,8 @@ def draw(folder: Path, out: Path, suffix: str = "png") -> list[Path]:
 def read_runs(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the records of the runs of Table 1's rows under `folder`, and the options of one.
 
-    Raises TrainingError where there are none, or they differ in more than row and seed.
+    Runs of other options, and of the user's own networks, are passed over. Raises TrainingError
+    where there are none, or they differ in more than row and seed.
     """
     frames: dict[tuple[str, int], pd.DataFrame] = {}
     firsts: dict[str, dict[str, Any]] = {}
@@ -145,10 +146,11 @@ def read_runs(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
             if (run / SUMMARY).exists():
                 options = json.loads((run / SUMMARY).read_text("utf-8"))
             else:
-                options = checkpoint.load(run)["config"]
+                saved = checkpoint.load(run)
+                options = {**saved["config"], "network": saved.get("network")}
             key = next((row.name for row in TABLE1 if row.trained(options)), ""), options["seed"]
             frame = pd.json_normalize(history)
-        if not key[0] or not history:
+        if not key[0] or not history or options.get("network"):
             continue
         for first, ignored in (
             (firsts.setdefault(key[0], options), _MAY_DIFFER),
@@ -165,4 +167,4 @@ def read_runs(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         frames[key] = frame.join(layers.set_axis(names, axis=1))
     if not frames:
         raise TrainingError(f"there is no run of a row of Table 1 under {folder}")
-    return pd.concat(frames.values(), ignore_index=True), options
+    return pd.concat(frames.values(), ignore_index=True), next(iter(firsts.values()))

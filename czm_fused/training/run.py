@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
+from ..init import named_convolutions
 from ..ops import backends
 from . import checkpoint, data, distributed, metrics, plots
 from .checkpoint import replacing
@@ -70,7 +71,9 @@ def train(
         data: a DataLoader of (images, labels), or a pair of them for training and test, taken as
             they are; or a folder with train/ and test/, a folder a class, whose images are
             normalised, cropped and mirrored as `config` says.
-        config: learning rate, epochs, folder and so on. Default: method czmig for 40 epochs.
+        config: learning rate, epochs, folder and so on. Default: method czmig for 40 epochs. Its
+            batch size, crops and flips are those of its `dataset`, which should be imagefolder
+            where `data` is a folder.
         resume: True goes on from the checkpoint in the folder of the run, if there is one, to the
             epochs of `config`, at the checkpoint's milestones where `config` has none.
         overwrite: True replaces the run in that folder, if there is one.
@@ -80,9 +83,10 @@ def train(
         DivergedError: the loss is not finite.
     """
     name = type(model).__name__
-    config = config or Config()
+    is_folder = isinstance(data, (str, Path))
+    config = config or Config(dataset="imagefolder" if is_folder else "digits")
     config = replace(config, out=config.out or f"runs/{name.lower()}")
-    if isinstance(data, (str, Path)):
+    if is_folder:
         config, data = replace(config, dataset="imagefolder", data_dir=str(data)), None
     elif distributed.is_launched() or config.cuda_graph:
         raise TrainingError("a DataLoader is for one process without cuda_graph: give a folder")
@@ -134,24 +138,33 @@ def run(
     """
     config = config.checked()
     folder = config.run_folder
-    if resume is None or resume.parent.resolve() != folder.resolve():
+    if resume is None or resume.resolve() != (folder / checkpoint.FILE_NAME).resolve():
         check_folder(folder, overwrite)
     device = pick_device(config.device)
     check_options(config, device)
     with distributed.joined(device) as ranks:
+        digest = None
         if loaders is None:
             with ranks.in_turn():
-                loaders = data.load(config).to(device)
+                images = data.load(config)
+            digest, loaders = images.digest(), images.to(device)
         try:
             trainer = Trainer(config, loaders, device, ranks, model)
         except ValueError as error:
             raise TrainingError(str(error)) from error
-        history = _go_on(trainer, resume) if resume is not None else []
+        history = _go_on(trainer, resume, digest) if resume is not None else []
+        # Of the user's; figures of Table 1 are of the config's networks alone.
+        network = None if model is None else type(model).__name__
         writes = ranks.rank == 0
 
         def save() -> None:
             # Every rank takes part in its trainer's state.
-            state = {"trainer": trainer.state_dict(), "config": config.as_dict()}
+            state = {
+                "trainer": trainer.state_dict(),
+                "config": config.as_dict(),
+                "data": digest,
+                "network": network,
+            }
             if writes:
                 checkpoint.save(folder / checkpoint.FILE_NAME, {**state, "history": history})
 
@@ -161,7 +174,7 @@ def run(
                 _remove_old_files(folder, keep_events=bool(history))
             # First of all files: it tells that the folder is a run of czm-train.
             save()
-            stack.enter_context(_resumable(folder, history))
+            stack.enter_context(_resumable(folder, history, network))
             log = stack.enter_context(closing(metrics.Log(folder, history))) if writes else None
             while trainer.epoch < config.epochs:
                 record = _epoch(trainer)
@@ -176,18 +189,33 @@ def run(
                     on_epoch(record)
             summary = {**config.as_dict(), "seconds": sum(each["seconds"] for each in history)}
             summary |= {name: x for name, x in history[-1].items() if name.endswith("accuracy")}
+            summary |= {"network": network} if network else {}
             result = TrainingResult(folder, history, trainer.model, summary)
             if writes:
-                network = plots.name_network(summary) if model is None else type(model).__name__
-                _write_results(result, f"{network}, {config.method}")
+                name = network or plots.name_network(summary)
+                _write_results(result, f"{name}, {config.method}")
     return result
 
 
-def _go_on(trainer: Trainer, source: Path) -> list[dict[str, Any]]:
-    """Load the checkpoint at `source` into `trainer`; return the records of its epochs."""
+def _go_on(trainer: Trainer, source: Path, digest: str | None) -> list[dict[str, Any]]:
+    """Load the checkpoint at `source` into `trainer`; return the records of its epochs.
+
+    `digest` is that of the images, None for the user's DataLoaders.
+    """
     try:
         saved = checkpoint.load(source)
         check_resumed(trainer.config, from_saved(saved["config"]))
+        if saved.get("data", digest) != digest:
+            raise TrainingError(
+                "the checkpoint was trained on other images than there are now: give their "
+                "--data-dir, or start without --resume"
+            )
+        epochs = len(saved["history"])
+        if epochs > trainer.config.epochs:
+            raise TrainingError(
+                f"the checkpoint has been trained for {epochs} epochs, and --epochs is "
+                f"{trainer.config.epochs}: give more, or start without --resume"
+            )
         trainer.load_state_dict(saved["trainer"])
     except TrainingError as error:
         raise CheckpointError(f"{source.parent}: {error}") from error
@@ -203,17 +231,22 @@ def _epoch(trainer: Trainer) -> dict[str, Any]:
         record["test_loss"], record["test_accuracy"], _ = trainer.test()
     record["seconds"] = time.perf_counter() - started
     norms = direction_norms(trainer.model, trainer.optimizer)
+    if not norms.isfinite().all():
+        # Of the last step, whose loss nobody has computed.
+        raise DivergedError(f"the weights became infinite or NaN in epoch {trainer.epoch}")
     if len(norms):
         record["filter_norms"] = metrics.quantiles(norms)
         record["collapsed_filters"] = metrics.collapsed(norms)
-        if metrics.rejection_is_due(trainer.epoch, trainer.config.epochs):
+        has_convolutions = bool(named_convolutions(trainer.model))
+        if has_convolutions and metrics.rejection_is_due(trainer.epoch, trainer.config.epochs):
             record["rejection_db"] = trainer.rejection()
     return record
 
 
 @contextmanager
-def _resumable(folder: Path, history: Sequence[Any]) -> Iterator[None]:
+def _resumable(folder: Path, history: Sequence[Any], network: str | None) -> Iterator[None]:
     """Say in errors of the block how to go on from the checkpoint in `folder`."""
+    command = "train(..., resume=True)" if network else f"czm-train --resume {folder}"
     try:
         yield
     except DivergedError as error:
@@ -222,13 +255,13 @@ def _resumable(folder: Path, history: Sequence[Any]) -> Iterator[None]:
             "lower learning rates may help"
         ) from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"continue with: czm-train --resume {folder}") from None
+        raise KeyboardInterrupt(f"continue with: {command}") from None
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
     """Raise TrainingError unless the folder is free, or holds a run that may be replaced."""
     files = folder.iterdir() if folder.exists() else ()
-    names = {path.name for path in files if path.suffix != ".tmp"} - {LOCK}
+    names = {path.name for path in files if path.suffix != checkpoint.DRAFT_SUFFIX} - {LOCK}
     if not names:
         return
     if checkpoint.FILE_NAME not in names:
@@ -247,7 +280,9 @@ def _remove_old_files(folder: Path, keep_events: bool) -> None:
     """Remove what another run, or the one that is resumed, has left in its folder."""
     names = [SUMMARY, *(f"{name}.{kind}" for name in PLOTS for kind in get_args(PlotFormat))]
     events = [] if keep_events else folder.glob(f"events.*{metrics.EVENTS_SUFFIX}")
-    for file in (*(folder / name for name in names), *events):
+    # A process that was killed leaves drafts; whoever holds the folder's lock writes none now.
+    drafts = folder.glob(f"*{checkpoint.DRAFT_SUFFIX}")
+    for file in (*(folder / name for name in names), *events, *drafts):
         file.unlink(missing_ok=True)
 
 

@@ -45,11 +45,13 @@ def open_study(
     name: str,
     options: StudyOptions,
     protocol: Mapping[str, Config] | None,
+    digest: str = "",
     pruner: optuna.pruners.BasePruner | None = None,
 ) -> optuna.Study:
-    """Create or join the study `name`, if it was begun with the same protocol.
+    """Create or join the study `name`, if it was begun with the same protocol and images.
 
     `protocol` is the configs that all workers must agree on, by name; None joins any study.
+    `digest` is that of the images.
     """
     if distributed.is_launched():
         raise TrainingError(
@@ -80,12 +82,17 @@ def open_study(
             for row, config in protocol.items()
         }
         if "protocol" not in study.user_attrs:
-            study.set_user_attr("protocol", {"format": FORMAT, "rows": shared})
+            study.set_user_attr("protocol", {"format": FORMAT, "rows": shared, "data": digest})
         saved = study.user_attrs["protocol"]
     if saved["format"] != FORMAT:
         raise TrainingError(
             f"the study in {url} was begun by another version of czm-train: go on with that "
             "version, or choose another --folder"
+        )
+    if saved.get("data", digest) != digest:
+        raise TrainingError(
+            f"the study in {url} was begun with other images: give their --data-dir, or choose "
+            "another --folder"
         )
     for row, values in shared.items():
         if found := difference(saved["rows"][row], values, ()):

@@ -15,6 +15,7 @@ import pandas as pd
 from optuna.trial import TrialState
 from scipy import stats
 
+from . import data
 from .checkpoint import replacing
 from .cli import parse, to_arguments
 from .config import WITHOUT_EFFECT, Config, Dataset, option
@@ -156,7 +157,7 @@ def main(arguments: Sequence[str]) -> None:
         print(write_report(open_study("table1", options, None), folder))
         return
     pick_device(options.device)
-    study = open_study("table1", options, configs)
+    study = open_study("table1", options, configs, data.load(options).digest())
     for seed in range(options.seeds):
         for row in options.rows or ROWS:
             if not _trials(study, row, seed):

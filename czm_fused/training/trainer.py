@@ -73,7 +73,10 @@ class Trainer:
         self.memory_format = torch.contiguous_format
         if config.channels_last:
             self.memory_format = torch.channels_last
-        self.model = model.to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        with explained("--channels-last does not fit this network", "leave it out"):
+            self.model = model.to(  # type: ignore[call-overload]
+                device, memory_format=self.memory_format
+            )
         self.optimizer = build_optimizer(config, self.model)
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         # A graph reads the rates anew at each replay, from where they were at its capture.
@@ -142,6 +145,7 @@ class Trainer:
             "generators": {
                 "default": self.ranks.gather([each.get_rng_state() for each in self._default()]),
                 "data": self.generator.get_state(),
+                "loaders": [each.get_state() for each in self.batches.generators],
             },
         }
 
@@ -161,6 +165,9 @@ class Trainer:
                 for generator, value in zip(self._default(), saved, strict=True):
                     generator.set_rng_state(value)
             self.generator.set_state(state["generators"]["data"])
+            loaders = state["generators"].get("loaders", ())
+            for generator, value in zip(self.batches.generators, loaders, strict=False):
+                generator.set_state(value)
             self.epoch = int(state["epoch"])
         # A captured graph would go on with the state that was replaced.
         self._make_steps()
@@ -191,7 +198,7 @@ class Trainer:
 
     def _train_step(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """Take a step; return the sum of the losses, the right answers and the images."""
-        is_full = len(labels) == self.config.batch_size
+        is_full = len(labels) == (self.batches.batch_size or len(labels))
         network = self._compiled if self._compiled is not None and is_full else self._network
         every = self.config.center_every
         # Every process has images then.
@@ -216,6 +223,11 @@ class Trainer:
         autocasts = self.config.autocast != "off"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocasts):
             outputs = network(images)
+            if outputs.dim() != 2 or labels.dim() != 1:
+                raise TrainingError(
+                    "the network must return logits (images, classes) for labels (images,), but "
+                    f"returned {tuple(outputs.shape)} for {tuple(labels.shape)}"
+                )
             loss = F.cross_entropy(outputs, labels, reduction="sum")
         hits = (outputs.detach().argmax(dim=1) == labels).sum()
         count = torch.full_like(hits, len(labels))

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from . import data
 from .cli import parse, to_arguments
-from .config import WITHOUT_EFFECT, Config
+from .config import WITHOUT_EFFECT, Config, option
 from .errors import TrainingError
 from .run import pick_device
 from .study import StudyOptions, first_number, open_study, work
@@ -52,10 +52,16 @@ def main(arguments: Sequence[str]) -> None:
     # --noise-on needs noise, which the trials search.
     replace(options, noise=options.noise or SEARCHED["noise"][1]).checked()
     pick_device(options.device)
-    held = options.hold_out or max(1, len(data.load(options).train) // 10)
+    given = Config(method=options.method, dataset=options.dataset)
+    for name in (*SEARCHED, "out"):
+        if getattr(options, name) != getattr(given, name):
+            raise TrainingError(f"{option(name)} is set by the search for each trial: leave it out")
+    # Before the study is begun, as another command could not join it then.
+    images = data.load(options)
+    held = options.hold_out or max(1, len(images.train) // 10)
     base = replace(options, hold_out=held)
     pruner = optuna.pruners.MedianPruner(n_warmup_steps=max(1, options.epochs // 5))
-    study = open_study("tune", options, {"options": base}, pruner)
+    study = open_study("tune", options, {"options": base}, images.digest(), pruner)
 
     def config_of(trial: optuna.Trial) -> Config:
         values: dict[str, Any] = {

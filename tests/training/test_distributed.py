@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from quick_runs import assert_same, read_metrics
+from torch import nn
 
 from czm_fused.training import Config, checkpoint, data
 from czm_fused.training.distributed import Ranks, joined
@@ -79,6 +80,12 @@ def test_batch_norm_in_several_processes_needs_gpus():
     config = Config(**{"depth": 8, "method": "bn"})
     with pytest.raises(TrainingError, match="--method bn in several processes needs --device cuda"):
         Trainer(config, data.digits(), torch.device("cpu"), Ranks(0, 2))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm3d])
+def test_batch_norm_of_any_dimension_needs_gpus(norm):
+    with pytest.raises(TrainingError, match="in several processes needs --device cuda"):
+        Ranks(0, 2).wrap(nn.Sequential(norm(3)), torch.device("cpu"))
 
 
 def test_cuda_graph_is_refused_under_torchrun(monkeypatch):

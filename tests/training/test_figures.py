@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,19 @@ def test_runs_that_differ_are_not_compared(tmp_path):
     write_run(tmp_path / "b", {"method": "bn", "seed": 1, "batch_size": 7}, [10.0])
     with pytest.raises(TrainingError, match="--batch-size 50, not 7"):
         figures.draw(tmp_path, tmp_path / "out")
+
+
+def test_options_are_of_the_runs_that_are_drawn(tmp_path):
+    write_row(tmp_path, CZMIG, [10.0, 20.0])
+    write_run(tmp_path / "zz", {"method": "plain", "depth": 14}, [1.0])
+    _, found = figures.read_runs(tmp_path)
+    assert (found["depth"], found["epochs"], found["method"]) == (8, 2, "czmig")
+
+
+def test_networks_of_the_user_are_no_rows(tmp_path):
+    write_row(tmp_path, CZMIG, [10.0, 20.0])
+    write_row(tmp_path / "own", CZMIG, [1.0, 2.0])
+    file = tmp_path / "own" / CZMIG.name / "seed-0" / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "network": "Sequential"}))
+    frame, _ = figures.read_runs(tmp_path)
+    assert list(frame["test_accuracy"]) == [10.0, 20.0]

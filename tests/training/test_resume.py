@@ -1,15 +1,18 @@
 """A run that dies and is resumed ends like one that never died, bit for bit."""
 
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
-from quick_runs import QUICK, assert_same, read_metrics, trained_state, without_times
+from quick_runs import QUICK, assert_same, png, read_metrics, trained_state, without_times
 
 from czm_fused.training import checkpoint
+from czm_fused.training.__main__ import main
 from czm_fused.training.trainer import Trainer
 
 STEPS_AN_EPOCH = 2
@@ -101,7 +104,7 @@ def test_resume_into_another_folder_leaves_the_first(train, tmp_path):
 
 
 @pytest.mark.parametrize("death", [signal.SIGINT, signal.SIGKILL])
-def test_process_killed_at_some_moment_leaves_a_resumable_checkpoint(train, tmp_path, death):
+def test_process_killed_at_some_moment_leaves_a_resumable_checkpoint(tmp_path, death):
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "czm_fused.training", *QUICK]
     command += ["--epochs", "1000", "--milestones", "4", "--out", str(folder)]
@@ -126,5 +129,44 @@ def test_process_killed_at_some_moment_leaves_a_resumable_checkpoint(train, tmp_
         assert f"czm-train --resume {folder}" in err
     assert not (folder / "summary.json").exists()
     epochs = checkpoint.load(folder)["trainer"]["epoch"] + 1
-    assert train("--resume", folder, "--epochs", epochs, out=folder, quick=[])[0] == 0
+    # In a process of its own again, which has all digits.
+    subprocess.run([*command[:3], "--resume", folder, "--epochs", str(epochs)], check=True)
     assert len(read_metrics(folder)) == epochs
+
+
+def test_resume_writes_over_nothing_that_it_does_not_continue(train, tmp_path, capsys):
+    assert train("--epochs", "1")[0] == 0
+    checkpoint_of_run = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    for others, message in ({"summary.json": b"mine"}, "holds other files"), (
+        {"checkpoint.pt": checkpoint_of_run},
+        "holds a run",
+    ):
+        folder = tmp_path / message
+        folder.mkdir()
+        for name, content in {**others, "kept.pt": checkpoint_of_run}.items():
+            (folder / name).write_bytes(content)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        status = main(["--resume", str(folder / "kept.pt"), "--epochs", "2"])
+        assert status != 0 and message in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    out = ["--out", str(tmp_path / "new")]
+    assert main(["--resume", str(folder / "kept.pt"), "--epochs", "2", *out]) == 0
+
+
+def test_resume_refuses_other_images(train, tmp_path, image_tree):
+    folder = ["--dataset", "imagefolder", "--cache-dir", tmp_path / "cache"]
+    assert train(*folder, "--data-dir", image_tree, "--epochs", "1")[0] == 0
+    other = shutil.copytree(image_tree, tmp_path / "other")
+    resume = ["--resume", tmp_path / "run", "--epochs", "2"]
+    assert train(*resume, "--data-dir", other, quick=[])[0] == 0
+    (other / "train" / "cat" / "0.png").write_bytes(png(np.zeros((5, 6, 3))))
+    status, _, err = train(*resume, "--epochs", "3", "--data-dir", other, quick=[])
+    assert status != 0 and "trained on other images than there are now" in err
+
+
+def test_drafts_of_killed_processes_go(train, tmp_path):
+    assert train("--epochs", "1")[0] == 0
+    draft = tmp_path / "run" / "checkpoint.pt.1.tmp"
+    draft.write_bytes(b"half")
+    assert train("--resume", tmp_path / "run", "--epochs", "2", quick=[])[0] == 0
+    assert not draft.exists()

@@ -157,7 +157,12 @@ def test_config_file_sets_options_and_the_command_line_overrides(tmp_path, train
     saved = checkpoint.load(tmp_path / "run")["config"]
     assert (saved["lr"], saved["method"], saved["milestones"]) == (0.3, "bn", [1])
     assert saved["weight_decay"] == 5e-4
-    for text in ("learning: 3", "- 1", "lr: fast", "lr: ["):
+    # YAML reads this as False.
+    file.write_text("autocast: off\nflip: off\n")
+    assert train("--config", file, "--epochs", "1", out=tmp_path / "off")[0] == 0
+    saved = checkpoint.load(tmp_path / "off")["config"]
+    assert (saved["autocast"], saved["flip"]) == ("off", False)
+    for text in ("learning: 3", "- 1", "lr: fast", "lr: [", "resume: run", "config: other.yaml"):
         file.write_text(text)
         status, _, err = train("--config", file, out=tmp_path / "other")
         assert status == 2 and err.count("\n") == 1

@@ -234,9 +234,9 @@ def move_to_another_device(path):
 def test_run_that_cannot_go_on_does_not_stop_the_others(
     table1, tmp_path, monkeypatch, change, word
 ):
-    monkeypatch.setattr(Trainer, "train_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert table1("--rows", CZMIG, "--seeds", 1)[0] == 130
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert table1("--rows", CZMIG, "--seeds", 1)[0] == 130
     path = tmp_path / "sweep" / CZMIG / "seed-0" / "checkpoint.pt"
     change(path)
     content = path.read_bytes()

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from czm_fused import czm_init_
-from czm_fused.training import Config, TrainingError, checkpoint, train
+from czm_fused.training import Config, DivergedError, TrainingError, checkpoint, train
+from czm_fused.training.trainer import Trainer
 
 
 def network(channels=1, classes=3):
@@ -110,3 +111,96 @@ def test_train_refuses_other_data(tmp_path):
             train(network(), data, config(tmp_path))
     with pytest.raises(TrainingError, match="must give pairs of tensors"):
         train(network(), [torch.zeros(3)], config(tmp_path))
+
+
+def test_train_resumes_loaders_with_generators_of_their_own(tmp_path):
+    def own(seed):
+        images = loader(seed).dataset
+        generator = torch.Generator().manual_seed(7)
+        return DataLoader(images, batch_size=20, shuffle=True, generator=generator)
+
+    whole = train(network(), own(0), config(tmp_path, milestones=(), out=str(tmp_path / "whole")))
+    train(network(), own(0), config(tmp_path, milestones=(), epochs=2))
+    resumed = train(network(), own(0), config(tmp_path, milestones=()), resume=True)
+    assert_same(resumed.model.state_dict(), whole.model.state_dict())
+
+
+def test_train_refuses_fewer_epochs_than_there_were(tmp_path):
+    train(network(), loader(0), config(tmp_path, epochs=2))
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    with pytest.raises(TrainingError, match="trained for 2 epochs, and --epochs is 1"):
+        train(network(), loader(0), config(tmp_path, epochs=1, milestones=(1, 2)), resume=True)
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_train_compiles_full_batches_of_a_loader(tmp_path, monkeypatch):
+    sizes = []
+
+    def compiled(network, **_):
+        return lambda x: (sizes.append(len(x)), network(x))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    train(network(), loader(0, images=50), config(tmp_path, epochs=1, compile=True))
+    assert sizes == [20, 20]
+
+
+def test_train_takes_networks_without_convolutions(tmp_path):
+    class Embedding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place, self.head = nn.Parameter(torch.zeros(1, 8, 8)), nn.Linear(64, 3)
+
+        def forward(self, x):
+            return self.head((x[:, 0] + self.place).flatten(1))
+
+    result = train(Embedding(), loader(0), config(tmp_path, epochs=1))
+    assert "rejection_db" not in result.history[0]
+
+
+def test_train_says_that_weights_diverged_in_the_last_step(tmp_path):
+    images = TensorDataset(torch.randn(9, 1, 8, 8), torch.arange(9) % 3)
+    options = config(tmp_path, lr=1e30, head_lr=1e30, epochs=1)
+    with pytest.raises(DivergedError, match="the weights became infinite or NaN in epoch 1"):
+        train(network(), DataLoader(images, batch_size=9), options)
+
+
+def test_train_says_how_to_go_on(tmp_path, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"train\(..., resume=True\)"):
+        train(network(), loader(0), config(tmp_path))
+
+
+def test_train_on_a_folder_has_the_defaults_of_photographs(tmp_path, image_tree, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(Trainer, "train_epoch", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(network(channels=3, classes=2), image_tree)
+    saved = checkpoint.load(tmp_path / "runs" / "sequential")["config"]
+    assert (saved["dataset"], saved["flip"], saved["batch_size"]) == ("imagefolder", True, 128)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels"), [((6, 3, 8, 8), (6, 8, 8)), ((6, 3), (6, 3))], ids=["pixels", "one-hot"]
+)
+def test_train_refuses_what_is_no_classification(tmp_path, outputs, labels):
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logits = nn.Parameter(torch.zeros(outputs))
+
+        def forward(self, x):
+            return self.logits
+
+    batch = torch.zeros(6, 1, 8, 8), torch.zeros(labels, dtype=torch.long)
+    with pytest.raises(TrainingError, match=r"must return logits \(images, classes\)"):
+        train(Fixed(), ([batch],), config(tmp_path))
+
+
+def test_train_refuses_channels_last_for_volumes(tmp_path):
+    model = nn.Sequential(nn.Conv3d(1, 3, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    with pytest.raises(TrainingError, match="--channels-last does not fit this network"):
+        train(model, loader(0), config(tmp_path, channels_last=True))

@@ -1,8 +1,11 @@
 import json
 import shlex
+import shutil
 
+import numpy as np
 import optuna
-from quick_runs import read_metrics
+import pytest
+from quick_runs import png, read_metrics
 
 from czm_fused.training.__main__ import main
 from czm_fused.training.cli import CommandLine, parse
@@ -91,3 +94,27 @@ def test_interrupted_trial_goes_on_in_its_folder(tmp_path, capsys, monkeypatch):
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
     assert study.trials[0].params == study.trials[1].params
     assert {path.name for path in folder.iterdir()} == {"trial-0", "tune.db"}
+
+
+@pytest.mark.parametrize("given", [["--zmg", "0.9"], ["--lr", "0.3"], ["--out", "foo"]])
+def test_tune_refuses_what_it_sets(tmp_path, capsys, given):
+    assert main(["tune", "--folder", str(tmp_path / "tune"), *OPTIONS, *given]) != 0
+    assert f"{given[0]} is set by the search" in capsys.readouterr().err
+    assert not (tmp_path / "tune").exists()
+
+
+def test_a_study_that_was_refused_has_not_begun(tmp_path, capsys):
+    command = ["tune", "--folder", str(tmp_path / "tune"), *OPTIONS, "--trials", "1"]
+    assert main([*command, "--hold-out", "300"]) != 0
+    assert "must be less than 300 images" in capsys.readouterr().err
+    assert main([*command, "--hold-out", "100"]) == 0
+
+
+def test_a_study_keeps_its_images(tmp_path, capsys, image_tree):
+    other = shutil.copytree(image_tree, tmp_path / "other")
+    (other / "train" / "cat" / "0.png").write_bytes(png(np.zeros((5, 6, 3))))
+    command = ["tune", "--folder", str(tmp_path / "tune"), *OPTIONS, "--dataset", "imagefolder"]
+    command += ["--hold-out", "2", "--trials", "1", "--cache-dir", str(tmp_path / "cache")]
+    assert main([*command, "--data-dir", str(image_tree)]) == 0
+    assert main([*command, "--data-dir", str(other)]) != 0
+    assert "was begun with other images" in capsys.readouterr().err
