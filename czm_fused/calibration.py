@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.utils import _ntuple
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
@@ -324,15 +325,19 @@ def tap_coverage(convolution: Convolution, inputs: torch.Size, outputs: torch.Si
         outputs: the shape of its output.
     """
     coverage = torch.ones((), device="cpu")
-    dimensions = len(convolution.kernel_size)
-    for d, taps in enumerate(convolution.kernel_size):
-        share = torch.ones(taps, device="cpu")
+    kernel = convolution.weight.shape[2:]
+    per_dimension = _ntuple(len(kernel))
+    dilations, strides = map(per_dimension, (convolution.dilation, convolution.stride))
+    padding: Any = 0 if convolution.padding == "valid" else convolution.padding
+    if padding == "same":
+        # An odd sum leaves one more behind than before.
+        padding = [d * (taps - 1) // 2 for d, taps in zip(dilations, kernel, strict=True)]
+    for axis, before in enumerate(per_dimension(padding)):
+        share = torch.ones(kernel[axis], device="cpu")
         if convolution.padding_mode == "zeros":
-            # torch keeps the last dimension first here, and what padding="same" stands for.
-            before = convolution._reversed_padding_repeated_twice[2 * (dimensions - 1 - d)]
-            size, positions = inputs[d - dimensions], outputs[d - dimensions]
-            starts = torch.arange(positions, device="cpu") * convolution.stride[d] - before
-            at = starts[:, None] + torch.arange(taps, device="cpu") * convolution.dilation[d]
+            size, positions = inputs[axis - len(kernel)], outputs[axis - len(kernel)]
+            starts = torch.arange(positions, device="cpu") * strides[axis] - before
+            at = starts[:, None] + torch.arange(kernel[axis], device="cpu") * dilations[axis]
             share = ((at >= 0) & (at < size)).float().mean(dim=0)
         coverage = coverage[..., None] * share
     return coverage
