@@ -192,7 +192,14 @@ def calibrate_(
     with undone_on_error(model, convolutions.values()), preserved(model):
         _to_measuring_mode(model)
         output_before = _output_spread(run_checked(model, example_input))
-        ends = branch_ends(model, convolutions, example_input)
+        ends: set[str] = set()
+        try:
+            ends = branch_ends(model, convolutions, example_input)
+        except Exception as error:
+            notes.append(
+                "residual branches were not told from the rest, as a forward pass with gradients "
+                f"failed ({type(error).__name__}: {error})"
+            )
         calibration = _Calibration(convolutions, ends, target, branch, centered, weigh_taps)
         with calibration.hooked():
             output_after = _output_spread(run_checked(model, example_input))

@@ -159,6 +159,34 @@ def test_calibrate_finds_the_branches_of_czm_units():
     assert branches == {"2.conv2": 0.25, "3.conv2": 0.25}
 
 
+class TakesList(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network(torch.stack(images))
+
+
+def test_calibrate_finds_the_branches_of_models_that_take_lists():
+    model = TakesList(Residual())
+    report = calibrate_(model, (list(_batch(16, 3, 8, 8)),))
+    branches = {layer.name for layer in report.layers if layer.remark == "branch"}
+    assert branches == {"network.conv2", "network.project"}
+    assert report.notes == ()
+
+
+def test_calibrate_says_where_it_cannot_look_for_branches():
+    class WithoutGradients(Residual):
+        def forward(self, x):
+            assert not torch.is_grad_enabled(), "for inference alone"
+            return super().forward(x)
+
+    report = calibrate_(WithoutGradients(), _batch(16, 3, 8, 8))
+    assert not any(layer.remark for layer in report.layers)
+    assert re.search(r"residual branches were not .* \(AssertionError: for inference", str(report))
+
+
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"x": x}])
 def test_calibrate_takes_tensors_tuples_and_dictionaries(wrap):
     model = Branches()

@@ -25,31 +25,24 @@ def branch_ends(
 ) -> set[str]:
     """Return the names of the convolutions whose output is added to a shortcut.
 
-    They are read off autograd's graph of a pass over two samples; what cannot be read there, as
-    within a scripted module, is not found. Of the two operands of a sum, the branch is the one with
-    more convolutions between it and the input; with equally many, there is none.
+    They are read off autograd's graph of a pass over two samples, or over all where the model does
+    not take two; what cannot be read there, as within a scripted module, is not found. Of the two
+    operands of a sum, the branch is the one with more convolutions between it and the input; with
+    equally many, there is none.
 
     Args:
         model: the network, in the mode to run it in.
         convolutions: its convolutions by their dotted names.
         example_input: a tensor, a tuple of positional or a dictionary of keyword arguments.
+
+    Raises:
+        Exception: what the model raises in a pass with gradients.
     """
-    owners: dict[Any, str] = {}
-
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.grad_fn is not None:
-                owners[output.grad_fn] = name
-
-        return hook
-
-    hooks = [each.register_forward_hook(note(name)) for name, each in convolutions.items()]
     try:
-        with hooked(hooks), torch.enable_grad():
-            output = call(model, _differentiable(_two_samples(example_input)))
+        output, owners = _with_graph(model, convolutions, _two_samples(example_input))
     except Exception:
-        # A batch of two, or gradients, can be more than a model allows: it has no branches then.
-        return set()
+        # What was taken for samples may be the channels of images in a list.
+        output, owners = _with_graph(model, convolutions, example_input)
     leaves = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
     order = _inputs_first([leaf.grad_fn for leaf in leaves if leaf.grad_fn is not None])
     depths: dict[Any, int] = {}
@@ -66,6 +59,24 @@ def branch_ends(
         if end is not None and depths[shortcut] < depths[branch] and not _is_leaf(shortcut):
             ends.add(end)
     return ends
+
+
+def _with_graph(
+    model: nn.Module, convolutions: Mapping[str, nn.Module], example_input: Any
+) -> tuple[Any, dict[Any, str]]:
+    """Return the output of `model`, and the convolutions by the nodes that they end in."""
+    owners: dict[Any, str] = {}
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.grad_fn is not None:
+                owners[output.grad_fn] = name
+
+        return hook
+
+    hooks = [each.register_forward_hook(note(name)) for name, each in convolutions.items()]
+    with hooked(hooks), torch.enable_grad():
+        return call(model, _differentiable(example_input)), owners
 
 
 def _source(node: Any, owners: Mapping[Any, str]) -> str | None:
