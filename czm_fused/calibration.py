@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -162,10 +163,11 @@ def calibrate_(
         before and after.
 
     Raises:
+        TypeError: `only` is a string.
         ValueError: `target` or `branch` is not a positive number; the model is sharded or has
-            no convolution; `example_input` is one sample, constant, not finite, of another dtype or
-            device than the model, or reaches no convolution; or the model fails on it in eval mode.
-            The model is as it was then.
+            no convolution; `only` is empty, or names what is none; `example_input` is one sample,
+            constant, not finite, of another dtype or device than the model, or reaches no
+            convolution; or the model fails on it in eval mode. The model is as it was then.
 
     Warns:
         UserWarning: a convolution never ran, or its output is constant or not finite (it is left as
@@ -175,10 +177,10 @@ def calibrate_(
     check_positive("branch", branch)
     convolutions = named_convolutions(model)
     check_not_sharded(model)
-    if only is not None:
-        convolutions = {name: each for name, each in convolutions.items() if name in only}
     if not convolutions:
         raise ValueError("model must have a convolution, but had none; there is nothing to scale")
+    if only is not None:
+        convolutions = _chosen(convolutions, only)
     notes: list[str] = []
     if example_input is None:
         example_input = _noise_for(model, convolutions, seed)
@@ -380,6 +382,22 @@ def _to_measuring_mode(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _NormBase):
             module.train()
+
+
+def _chosen(convolutions: dict[str, Convolution], only: Collection[str]) -> dict[str, Convolution]:
+    """Return those of `convolutions` that `only` names."""
+    if isinstance(only, str):
+        raise TypeError(f"only must be a collection of names, but was {only!r}; write [{only!r}]")
+    unknown = [
+        f"{name!r} (the nearest is {get_close_matches(str(name), convolutions, 1, cutoff=0)[0]!r})"
+        for name in only
+        if name not in convolutions
+    ]
+    if unknown:
+        raise ValueError(f"only must name convolutions of the model, but named {shorten(unknown)}")
+    if not only:
+        raise ValueError("only must name a convolution of the model, but was empty; None sets all")
+    return {name: each for name, each in convolutions.items() if name in only}
 
 
 def _check_example(convolutions: dict[str, Convolution], example_input: Any) -> None:

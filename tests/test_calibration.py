@@ -425,6 +425,22 @@ def test_calibrate_checks_its_numbers(name, value):
         calibrate_(Branches(), _batch(16, 4, 8, 8), **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("only", "error", "message"),
+    [
+        ("conv11", TypeError, r"only must be a collection of names, but was 'conv11'; write \['co"),
+        (["conv1", "conv11"], ValueError, r"named 'conv11' \(the nearest is 'conv1'\)$"),
+        ([], ValueError, "only must name a convolution of the model, but was empty; None sets all"),
+    ],
+)
+def test_calibrate_refuses_what_names_no_convolution(only, error, message):
+    model = Residual()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        calibrate_(model, _batch(16, 3, 8, 8), only=only)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_calibrate_without_example_input_says_why_noise_does_not_do():
     class TakesText(nn.Module):
         def __init__(self):
