@@ -136,7 +136,8 @@ def calibrate_(
 
     A convolution that runs several times, or shares its weight, is set at its first run. One that
     runs in training mode alone (an auxiliary head) is set in a pass of its own in that mode.
-    Transposed convolutions are left as they are.
+    Transposed convolutions are left as they are. The output of a convolution is what it computes
+    before its forward hooks run.
 
     Args:
         model: the network, initialised by `czm_init_` or by `convert`, on any device; not
@@ -249,8 +250,12 @@ class _Calibration:
         self.owners: dict[int, str] = {}
 
     def hooked(self) -> AbstractContextManager[None]:
+        # First, so that hooks of the user's, which may not be linear, run on what it returns.
         return hooked(
-            [each.register_forward_hook(self._set, with_kwargs=True) for each in self.names]
+            [
+                each.register_forward_hook(self._set, prepend=True, with_kwargs=True)
+                for each in self.names
+            ]
         )
 
     def _set(
