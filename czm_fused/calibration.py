@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from czm_fused._internal.holders import shared_parameters
 from czm_fused._internal.residual import branch_ends
 from czm_fused._internal.sharding import check_not_sharded
-from czm_fused._internal.signals import input_of, output_spread, spread
+from czm_fused._internal.signals import input_of, is_empty, output_spread, spread
 from czm_fused._internal.text import Tabular, shorten
 from czm_fused._internal.undo import undone_on_error
 from czm_fused.example import first_that_runs, hooked, preserved, run_checked, run_example
@@ -205,7 +205,8 @@ def calibrate_(
             )
         calibration = _Calibration(convolutions, ends, target, branch, centered, weigh_taps)
         with calibration.hooked():
-            output_after = _output_spread(run_checked(model, example_input))
+            output = run_checked(model, example_input)
+        output_after = _output_spread(output)
         if not calibration.layers:
             raise ValueError(
                 "example_input must reach a convolution of the model, but none ran on it; "
@@ -222,7 +223,7 @@ def calibrate_(
                     f"failed there ({type(error).__name__}: {error})"
                 )
     layers = calibration.all_layers()
-    complaints = [*_layer_complaints(layers), *_output_complaints(output_after)]
+    complaints = [*_layer_complaints(layers), *_output_complaints(output_after, output)]
     for complaint in complaints:
         warnings.warn(complaint, stacklevel=2)
     return CalibrationReport(layers, output_before, output_after, (*notes, *complaints))
@@ -262,7 +263,7 @@ class _Calibration:
         self, convolution: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         name = self.names[convolution]
-        if name in self.layers:
+        if name in self.layers or output.numel() == 0:
             return None
         before = spread(output)
         why_not = self._why_not(convolution, before)
@@ -320,12 +321,16 @@ def _layer_complaints(layers: tuple[LayerStart, ...]) -> Iterator[str]:
             yield f"convolutions left as they were ({remark}): {shorten(names)}; {remedy}"
 
 
-def _output_complaints(spread: float) -> Iterator[str]:
+def _output_complaints(spread: float, output: Any) -> Iterator[str]:
     look = "look at the initialisation of what follows the last convolution, as the classifier"
     if spread < DEAD:
         yield f"the model starts dead, its output with a spread of {spread:.1e}; {look}"
     elif spread > EXPLODED:
         yield f"the model starts exploded, its output with a spread of {spread:.1e}; {look}"
+    elif is_empty(output):
+        yield (
+            "the model's output is empty, as of a detector without detections; its start is unknown"
+        )
     elif math.isnan(spread):
         yield "the model's output holds no floating-point tensor, or NaN; its start is unknown"
 

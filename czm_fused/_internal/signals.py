@@ -14,7 +14,7 @@ from czm_fused.ops.step.spec import compute_dtype
 
 @dataclass
 class Signals:
-    """The signals of one convolution in a forward pass, over all its runs."""
+    """The signals of one convolution in a forward pass, over all its runs but those on nothing."""
 
     powers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     variances: list[Tensor] = field(default_factory=list)
@@ -22,6 +22,8 @@ class Signals:
     def enter(self, convolution: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the input, as a forward pre-hook with keyword arguments."""
         x = input_of(args, kwargs)
+        if x.numel() == 0:
+            return
         # A convolution also takes an image without the batch's dimension.
         space = tuple(range(2 - convolution.weight.dim(), 0))
         dtype = compute_dtype(x.dtype)
@@ -32,6 +34,8 @@ class Signals:
 
     def leave(self, convolution: Any, _: Any, output: Tensor) -> None:
         """Record the output, as a forward hook."""
+        if output.numel() == 0:
+            return
         batched = output if output.dim() == convolution.weight.dim() else output.unsqueeze(0)
         channels = batched.to(compute_dtype(output.dtype)).transpose(0, 1)
         self.variances.append(_variance(channels))
@@ -75,17 +79,26 @@ def spread(x: Tensor) -> float:
 
 
 def output_spread(output: Any) -> float | None:
-    """Return the spread of the first floating-point tensor in `output`, or None without one."""
+    """Return the spread of the first tensor in `output` that can have one, or None without one."""
     measured = first_floating_point(output)
     return None if measured is None else spread(measured)
 
 
 def first_floating_point(output: Any) -> Tensor | None:
-    """Return the first floating-point tensor with a dimension in what a model returned, if any."""
+    """Return the first floating-point tensor in `output` with a dimension and an element, if any.
+
+    Args:
+        output: what a model returned.
+    """
     for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() and leaf.numel():
             return leaf
     return None
+
+
+def is_empty(output: Any) -> bool:
+    """Return True if what a model returned holds nothing but tensors without elements, if those."""
+    return all(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in tree_leaves(output))
 
 
 def _mean_square(x: Tensor) -> Tensor:
