@@ -113,8 +113,8 @@ def czm_param_groups(
     - `depthwise`: those of them that read one channel of several (`groups == in_channels`):
       exp-scaled and anchored, but their gradient keeps its mean.
     - `pointwise`: the filters with one tap: exp-scaled and anchored; they have no spatial mean.
-    - `rest`: biases, linear layers, normalisations, transposed convolutions, the parameters of
-      `exp_scale(conv)`, and all else: plain momentum SGD.
+    - `rest`: biases, linear layers, normalisations, transposed and complex convolutions, the
+      parameters of `exp_scale(conv)`, and all else: plain momentum SGD.
     - `bias`: the biases of convolutions, if `overrides` sets something for them, as a rate of
       their own; plain momentum SGD, too.
 
@@ -165,12 +165,15 @@ def czm_param_groups(
     stems, reason = decide_stems(convolutions, stem, first)
 
     roles: dict[Tensor, str] = {}
-    for convolution in convolutions.values():
+    complexes: list[str] = []
+    for name, convolution in convolutions.items():
         # A parametrized weight is no parameter; what it is computed from is among the rest.
         weight = convolution._parameters.get("weight")
         if weight is None or roles.get(weight) == "stem":
             continue
-        if any(convolution is each for each in stems):
+        if weight.is_complex():
+            complexes.append(name)
+        elif any(convolution is each for each in stems):
             roles[weight] = "stem"
         else:
             roles[weight] = _role(convolution, weight)
@@ -199,6 +202,10 @@ def czm_param_groups(
         notes.append(
             f"rest: holds the transposed convolutions {shorten(transposed)}, whose filters are not "
             "along dimension 0"
+        )
+    if complexes:
+        notes.append(
+            f"rest: holds the complex convolutions {shorten(complexes)}, as filters must be real"
         )
     complaints = list(_complaints(model, convolutions))
     for complaint in complaints:

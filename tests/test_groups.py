@@ -211,6 +211,18 @@ def test_parameters_of_exp_scale_are_among_the_rest():
     assert "spatial" not in groups
 
 
+def test_complex_filters_are_among_the_rest_and_train():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, dtype=torch.complex64))
+    groups = czm_param_groups(network)
+    assert by_name(groups) == {"stem": ["0.weight"], "rest": ["0.bias", "1.weight", "1.bias"]}
+    assert groups.notes[-1] == "rest: holds the complex convolutions 1, as filters must be real"
+    optimizer = FusedCZMSGD(groups, lr=0.1)
+    before = network[1].weight.detach().clone()
+    network[1](network[0](torch.ones(2, 3, 7, 7)).to(torch.complex64)).abs().sum().backward()
+    optimizer.step()
+    assert not torch.equal(network[1].weight, before)
+
+
 def test_a_model_without_convolutions_has_the_rest_alone():
     groups = czm_param_groups(nn.Linear(2, 2), example_input=torch.zeros(1, 2))
     assert by_name(groups) == {"rest": ["weight", "bias"]}
