@@ -21,6 +21,8 @@ def add_relu_noise(
     which the next convolution keeps anyway, and u, and nothing else: as u > 0, the sign of the
     output is the mask of the ReLU.
 
+    `torch.fx` records the call. `torch.jit.script` does not take it; it takes `CZMBasicBlock`.
+
     Args:
         x: the activation, of shape (N, C, ...) and of any floating-point dtype and layout. The
             result is contiguous or channels-last, as `x` is, and contiguous otherwise.
@@ -34,6 +36,11 @@ def add_relu_noise(
         ValueError: `amplitude` is outside [0, 1), `x` has fewer than two dimensions, or `residual`
             has another shape or device than `x`.
     """
+    # torch.fx replaces the names of this module alone, not those that others imported from it.
+    return _add_relu_noise(x, residual, amplitude, training)
+
+
+def _add_relu_noise(x: Tensor, residual: Tensor | None, amplitude: float, training: bool) -> Tensor:
     check_amplitude("amplitude", amplitude)
     if x.dim() < 2:
         raise ValueError(f"x must have the dimensions (N, C, ...), but its shape was {_shape(x)}")
@@ -53,6 +60,9 @@ def add_relu_noise(
     noise = draw_noise(x, amplitude) if training and amplitude > 0 else None
     result: Tensor = ops.add_relu_noise(x, residual, noise)
     return result
+
+
+torch.fx.wrap("_add_relu_noise")
 
 
 def check_amplitude(name: str, amplitude: float) -> None:

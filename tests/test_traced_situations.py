@@ -19,6 +19,7 @@ from czm_fused import (
     convert,
     exp_scale,
 )
+from czm_fused.functional import add_relu_noise
 from czm_fused.models import cifar_resnet
 from czm_fused.nn import ReLU6
 from small_training import CZM, PLAIN, assert_equal, backward, network, on_every_backend, weights
@@ -127,6 +128,21 @@ def test_modules_are_captured(name, training, capture):
         outputs.append(each(x))
     torch.testing.assert_close(outputs[1], outputs[0])
     outputs[1].square().sum().backward()
+
+
+class CallsTheTail(nn.Module):
+    def forward(self, x):
+        return add_relu_noise(x, residual=x, amplitude=0.1, training=self.training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_calls_of_the_functional_tail_are_traced_by_fx(training):
+    model = CallsTheTail().train(training)
+    outputs = []
+    for each in (model, copy.deepcopy(torch.fx.symbolic_trace(model))):
+        torch.manual_seed(1)
+        outputs.append(each(IMAGES))
+    assert torch.equal(*outputs)
 
 
 def centered():
