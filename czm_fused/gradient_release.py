@@ -83,7 +83,7 @@ class _ParamStep:
         self._optimizer = weakref.ref(optimizer)
         self._group = group
         self._own = FusedCZMSGD(
-            [{"params": [param], "min_filter_dim": 3}], backend=optimizer.backend
+            [{**optimizer.param_groups[group], "params": [param]}], backend=optimizer.backend
         )
         self._give_back()
 

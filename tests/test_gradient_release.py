@@ -156,6 +156,30 @@ def test_waiting_gradients_and_other_optimizers_are_refused():
         GradientRelease(torch.optim.SGD(model.parameters()))
 
 
+def test_complex_parameters_without_filters():
+    model, twin = (nn.Conv2d(3, 4, 3, dtype=torch.complex64) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    optimizer, plain = (FusedCZMSGD(each.parameters(), **CZM, **PLAIN) for each in (model, twin))
+    GradientRelease(optimizer)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.complex64)
+    for each in (model, twin):
+        each(x).abs().square().mean().backward()
+    plain.step()
+    assert_equal(weights(model), weights(twin))
+
+
+@pytest.mark.usefixtures("fully_shard")
+def test_sharded_parameters_without_filters():
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, 3, 3, 3), mesh, [Shard(1)]))
+    optimizer = FusedCZMSGD([weight], **CZM, **PLAIN)
+    GradientRelease(optimizer)
+    weight.square().sum().backward()
+    torch.testing.assert_close(weight.full_tensor(), torch.full((4, 3, 3, 3), 0.8))
+
+
 @pytest.mark.parametrize("scale", [None, 2.0], ids=["unscaled", "scaled"])
 def test_a_grad_scaler_is_refused(scale):
     model = network()
