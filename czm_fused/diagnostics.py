@@ -274,7 +274,8 @@ def watch(
     Args:
         model: the network.
         optimizer: its optimizer, or a wrapper of it (Accelerate's, Lightning's); every `step()` of
-            the optimizer counts. A replayed CUDA graph runs no hooks: call `diagnose` there.
+            the optimizer counts. A replayed CUDA graph runs no hooks: call `diagnose` there. With
+            `GradientRelease`, `optimizer.step()` must stay in the loop after backward.
         images: the batch to measure on, always the same, so that what changes is the network.
         log: called as `log(report.as_dict(), step)`, as `wandb.log` and `mlflow.log_metrics` are.
         every: steps from one report to the next, 100 by default.

@@ -24,7 +24,12 @@ class GradientRelease:
     What needs all gradients at once cannot be had: every backward is a step, so batches are not
     accumulated; `clip_grad_norm_` finds nothing to clip; distributed wrappers that average
     gradients after backward's hooks average nothing. A GradScaler's factor would stay in the
-    gradients: the scaler's step raises.
+    gradients: the scaler's step raises. A reentrant checkpoint runs a backward of its own, so a
+    parameter in several of them, or in one and outside it, is stepped more than once: pass
+    `use_reentrant=False`.
+
+    Hooks of the optimizer's step (`register_step_post_hook`, `czm_fused.diagnostics.watch`) run in
+    `optimizer.step()` alone, never in backward.
 
     Args:
         optimizer: whose parameters are stepped, by its present groups, until `remove()`, or until

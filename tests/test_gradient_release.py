@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.utils.checkpoint import checkpoint
 
 from czm_fused import FusedCZMSGD
 from czm_fused.gradient_release import GradientRelease
@@ -120,6 +121,19 @@ def test_gradients_of_one_layer_exist_at_a_time():
     assert alive == [1] * 12
 
 
+def test_hooks_of_the_step_run_in_the_step_alone():
+    model = network()
+    optimizer = FusedCZMSGD(model.parameters(), **CZM)
+    ran = []
+    optimizer.register_step_pre_hook(lambda *_: ran.append("before"))
+    optimizer.register_step_post_hook(lambda *_: ran.append("after"))
+    GradientRelease(optimizer)
+    backward(model, 0)
+    assert ran == []
+    optimizer.step()
+    assert ran == ["before", "after"]
+
+
 def test_a_shared_weight_is_stepped_once():
     weight = nn.Parameter(torch.ones(3, 2, 3, 3))
     twin = nn.Parameter(weight.detach().clone())
@@ -130,6 +144,43 @@ def test_a_shared_weight_is_stepped_once():
         sum(nn.functional.conv2d(factor * x, p).square().sum() for factor in (1, 2)).backward()
     plain.step()
     assert torch.equal(weight, twin)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["plain", "reentrant"])
+def test_checkpoints_that_share_no_parameter_step_as_without(use_reentrant):
+    model, twin = network(), network()
+    optimizer, plain = (FusedCZMSGD(each.parameters(), **CZM) for each in (model, twin))
+    GradientRelease(optimizer)
+    for _ in range(2):
+        x = torch.randn(4, 3, 6, 6).requires_grad_()
+        for each in (model, twin):
+            each.zero_grad()
+            y = x
+            for module in each:
+                y = checkpoint(module, y, use_reentrant=use_reentrant)
+            y.square().mean().backward()
+        plain.step()
+    assert_equal(weights(model), weights(twin))
+    assert_equal(state_of(optimizer), state_of(plain))
+
+
+def test_checkpoints_that_share_a_parameter():
+    shared, twin = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+    twin.load_state_dict(shared.state_dict())
+    optimizer, plain = (FusedCZMSGD(each.parameters(), **CZM) for each in (shared, twin))
+    GradientRelease(optimizer)
+    x = torch.randn(2, 3, 5, 5).requires_grad_()
+
+    def loss(module):
+        y = checkpoint(module, x, use_reentrant=False)
+        return checkpoint(module, y, use_reentrant=False).square().mean()
+
+    for _ in range(2):
+        loss(shared).backward()
+        plain.zero_grad()
+        loss(twin).backward()
+        plain.step()
+    assert_equal(weights(shared), weights(twin))
 
 
 def test_frozen_and_unused_parameters():
