@@ -101,6 +101,53 @@ def test_compiled_step_after_eager_steps_and_back():
     assert_equal(weights(model), weights(twin))
 
 
+@pytest.mark.parametrize(
+    ("convert", "resets"),
+    [
+        (lambda model: model.to(memory_format=torch.channels_last), False),
+        (nn.Module.double, True),
+        (nn.Module.bfloat16, False),
+    ],
+    ids=["channels_last, eager step", "double, reset", "bfloat16, eager step"],
+)
+def test_compiled_step_of_a_converted_model_names_the_remedy(convert, resets):
+    model, twin = network(), network()
+    optimizer = FusedCZMSGD(model.parameters(), lr=torch.tensor(0.125), momentum=0.9)
+    plain = FusedCZMSGD(twin.parameters(), lr=0.125, momentum=0.9)
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
+    backward(model, 0), backward(twin, 0)
+    compiled(), plain.step()
+    convert(model), convert(twin)
+    for seed in (1, 2):
+        backward(model, seed), backward(twin, seed)
+        plain.step()
+        if seed == 1:
+            before = weights(model)
+            with pytest.raises(ValueError, match="converted .* without torch.compile, .*reset()"):
+                compiled()
+            assert_equal(weights(model), before)
+            if not resets:
+                optimizer.step()
+                continue
+            torch.compiler.reset()
+        compiled()
+    assert_equal(weights(model), weights(twin))
+    assert_equal(state_of(optimizer), state_of(plain))
+
+
+def test_compiled_step_refuses_a_remainder_of_whole_weights():
+    model = network(dtype=torch.bfloat16)
+    optimizer = FusedCZMSGD(model.parameters(), lr=torch.tensor(0.125), master_weights=True)
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
+    backward(model, 0)
+    compiled()
+    backward(model.float(), 1)
+    with pytest.raises(ValueError, match="parameter 0 must be of 2 bytes .* converted"):
+        compiled()
+    for step in (optimizer.step, compiled):
+        step()
+
+
 def test_compiled_step_of_parameters_with_gaps():
     whole = torch.randn(4, 3, 3, 3, 2)
     params = [nn.Parameter(x[..., 0]) for x in (whole.clone(), whole.clone())]

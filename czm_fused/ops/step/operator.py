@@ -33,6 +33,11 @@ from czm_fused.ops.step.tensors import (
 
 _PLANS: list[tuple[tuple[object, ...], DevicePlan]] = []
 _MOST_PLANS = 16
+# Dynamo guards parameters and state by identity alone, which a conversion of the model keeps.
+_REMEDY = (
+    "if the model was converted after its step was compiled, take one step without torch.compile, "
+    "which fits the state, or call torch.compiler.reset()"
+)
 
 lib.define(
     "step_(Tensor(a!)[] params, Tensor(z!)[] grads, "
@@ -152,6 +157,11 @@ def _check_states(
     states: Sequence[ParamState], tensors: Sequence[StepTensor], device: torch.device
 ) -> None:
     for number, (state, tensor) in enumerate(zip(states, tensors, strict=True)):
+        if tensor.flags & StepFlag.MASTER_WEIGHTS and tensor.dtype.itemsize != 2:
+            raise ValueError(
+                f"parameter {number} must be of 2 bytes an element, as it has a param_remainder, "
+                f"but was {tensor.dtype}; {_REMEDY}"
+            )
         # State like a parameter with gaps is dense; only the reference steps such parameters.
         is_dense = has_supported_strides(tensor.shape, tensor.strides, tensor.flags)
         for spec in STATES:
@@ -160,7 +170,9 @@ def _check_states(
                     state[spec.name], spec, tensor, device, by_address=is_dense
                 )
                 if problem is not None:
-                    raise ValueError(f"the {spec.name} of parameter {number} {problem}")
+                    raise ValueError(
+                        f"the {spec.name} of parameter {number} {problem}; {_REMEDY}"
+                    )
 
 
 def _check_length(name: str, values: Sequence[object], length: int) -> None:
