@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -116,10 +116,27 @@ class _CZMConv(_ConvNd):
     # torch.jit.script compiles every property that is not listed here.
     __jit_unused_properties__ = ["direction", "scale"]
 
-    def __init__(self, *args: Any, stem: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        stem: bool = False,
+    ) -> None:
         # reset_parameters reads `stem`, and torch's constructor calls it.
         self.stem = stem
-        super().__init__(*args, **kwargs)
+        shape = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        # The next class is nn.Conv1d, nn.Conv2d or nn.Conv3d, which mypy cannot know.
+        super().__init__(*shape, bias, padding_mode, device, dtype)  # type: ignore[arg-type]
         self.register_buffer("input_mean", None)
 
     def forward(self, input: Tensor) -> Tensor:

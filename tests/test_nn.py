@@ -103,8 +103,12 @@ def test_czm_conv_can_be_scripted(ours, theirs):
     assert torch.equal(torch.jit.script(convolution)(x), convolution(x))
 
 
-def test_stem_is_keyword_only_and_torch_s_arguments_keep_their_places():
-    assert inspect.signature(CZMConv2d).parameters["stem"].kind is inspect.Parameter.KEYWORD_ONLY
+@pytest.mark.parametrize("classes", PAIRS)
+def test_stem_is_keyword_only_and_torch_s_arguments_keep_their_places(classes):
+    (*ours, stem), theirs = (inspect.signature(each).parameters.values() for each in classes)
+    assert (stem.name, stem.kind) == ("stem", inspect.Parameter.KEYWORD_ONLY)
+    assert [(p.name, p.default) for p in ours] == [(p.name, p.default) for p in theirs]
+    assert nn.utils.skip_init(classes[0], 3, 8, 3, stem=True).stem
     with pytest.raises(TypeError):
         CZMConv2d(8, 16, 3, 1, 0, 1, 1, True, "zeros", None, None, True)
     with pytest.raises(ValueError, match="in_channels must be divisible by groups"):
