@@ -243,12 +243,13 @@ class FusedCZMSGD(Optimizer):
         """Load a state of this optimizer, or of `torch.optim.SGD`, whatever backend wrote it.
 
         The log-scales keep their float32, momentum takes its parameter's dtype and layout, and
-        hyperparameters that the dictionary does not know keep their present values. Parameters are
-        matched by name where both sides have names, whatever the order of the groups.
+        hyperparameters that the dictionary does not know keep their present values. Where both
+        sides have names, state goes by them, and a group takes the options that its parameters were
+        saved with, whatever the order of the groups; else both go by their places.
 
         Raises:
-            ValueError: names that do not match, or a value of the wrong type, shape or range.
-                Nothing is loaded then.
+            ValueError: names that do not match, a group whose parameters were saved with different
+                options, or a value of the wrong type, shape or range. Nothing is loaded then.
         """
         present = [dict(group) for group in self.param_groups]
         loaded: dict[str, Any] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from czm_fused import FusedCZMSGD, czm_param_groups
+from czm_fused import FusedCZMSGD
 from czm_fused.ops.step import reference
 from small_training import (
     CZM,
@@ -239,51 +239,6 @@ def test_a_dictionary_of_wrong_values_is_refused_whole(path, value, message):
     assert_equal(optimizer.state_dict(), before)
     train(model, optimizer, 1, begin=1)
     assert_equal(weights(model), weights(twin))
-
-
-def named_optimizer(model, stem):
-    return FusedCZMSGD(czm_param_groups(model, stem=stem), **CZM)
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
-def test_state_is_matched_by_name(prefix):
-    """Groups of another order get the state of their parameters, not of their places."""
-    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(12, 2))
-    optimizer = named_optimizer(model, "0")
-    train(model, optimizer, 2)
-    saved = optimizer.state_dict()
-    for group in saved["param_groups"]:
-        group["param_names"] = [prefix + name for name in group["param_names"]]
-    other = named_optimizer(model, "1")
-    other.load_state_dict(saved)
-    for param in model.parameters():
-        assert_equal(other.state[param], optimizer.state[param])
-    assert [group["param_names"][0] for group in other.param_groups] == [
-        "1.weight", "0.weight", "0.bias"
-    ]  # fmt: skip
-
-
-def test_names_of_another_network_are_refused():
-    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
-    other = nn.Sequential()
-    other.add_module("first", model[0])
-    other.add_module("1", model[1])
-    optimizer = named_optimizer(model, "0")
-    message = "lacks 0.bias, 0.weight and has first.bias, first.weight"
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(named_optimizer(other, "first").state_dict())
-
-
-def test_a_group_without_names_joins_those_that_have_some():
-    model = network()
-    optimizer = named_optimizer(model[:2], "0")
-    for added in (model[2].weight, model[4].parameters()):
-        optimizer.add_param_group({"params": added})
-    names = [name for group in optimizer.param_groups[2:] for name in group["param_names"]]
-    assert names == ["group2.0", "group3.0", "group3.1"]
-    train(model, optimizer, 1)
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert "log_scale" in optimizer.state[model[2].weight]
 
 
 @pytest.mark.parametrize("fused", [None, False, True])

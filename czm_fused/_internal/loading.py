@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -15,15 +18,19 @@ from czm_fused.ops.step.spec import STATES, Shape, State
 from czm_fused.ops.step.state import check_hyperparameters, fit_state
 
 _REMEDY = "pass what state_dict() of FusedCZMSGD or torch.optim.SGD has returned"
+# What torch.compile and activation checkpointing put into names, before any of their parts.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def match_state_dict(state_dict: Any, param_groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Return `state_dict` with its parameters in the order of `param_groups`, after checking it.
 
-    Parameters are matched by name where both sides have names, else by their places.
+    Where both sides have names, parameters are matched by them, and a group takes the options that
+    its parameters were saved with; else groups and parameters are matched by their places.
 
     Raises:
-        ValueError: what it holds is of the wrong type or out of its range, or its names are others.
+        ValueError: what it holds is of the wrong type or out of its range, its names are others, or
+            the parameters of a group were saved with different options.
     """
     for name, kind in (("state", Mapping), ("param_groups", (list, tuple))):
         value = state_dict.get(name) if isinstance(state_dict, Mapping) else None
@@ -56,20 +63,53 @@ def match_state_dict(state_dict: Any, param_groups: list[dict[str, Any]]) -> dic
 
 def _in_order_of(saved: Any, param_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     groups = [dict(group) for group in saved]
-    if len(groups) != len(param_groups) or not all(
-        len(group.get("param_names", ())) == len(group["params"])
-        for group in [*groups, *param_groups]
-    ):
+    theirs, ours = ([_names_of(group) for group in each] for each in (groups, param_groups))
+    is_named = all(
+        len(names) == len(group["params"])
+        for names, group in zip([*theirs, *ours], [*groups, *param_groups], strict=True)
+    )
+    # Names that repeat, as those of two networks may, are told apart by their places alone.
+    if not is_named or theirs == ours:
         return groups
-    numbers = {
-        _plain(name): number
-        for group in groups
-        for name, number in zip(group["param_names"], group["params"], strict=True)
+    saved_names = _counterparts(list(chain(*ours)), list(chain(*theirs)))
+    places = {
+        name: (group, number)
+        for group, names in zip(groups, theirs, strict=True)
+        for name, number in zip(names, group["params"], strict=True)
     }
-    names = [[_plain(name) for name in group["param_names"]] for group in param_groups]
-    ours = {name for its_names in names for name in its_names}
-    if ours != numbers.keys():
-        lacks, has = sorted(ours - numbers.keys()), sorted(numbers.keys() - ours)
+    empty = iter([group for group in groups if not group["params"]])
+    ordered = []
+    for index, (present, names) in enumerate(zip(param_groups, ours, strict=True)):
+        its_places = [places[saved_names[name]] for name in names]
+        sources = [group for group, _ in its_places] or [next(empty, present)]
+        _check_options_agree(index, sources)
+        numbers = [number for _, number in its_places]
+        # Groups that were one share no tensor, which a schedule would change for all of them.
+        options = deepcopy(sources[0])
+        ordered.append({**options, "params": numbers, "param_names": names})
+    return ordered
+
+
+def _names_of(group: dict[str, Any]) -> list[str]:
+    return list(group.get("param_names") or ())
+
+
+def _counterparts(ours: list[str], theirs: list[str]) -> dict[str, str]:
+    """Return by our names the saved ones: the same, else the same but for wrappers.
+
+    Raises:
+        ValueError: the names are others, or nothing but wrappers tells some of them apart.
+    """
+    spellings: tuple[Callable[[str], str], ...] = (str, _plain)
+    for spell, spell_theirs in product(spellings, repeat=2):
+        our_names = {spell(name): name for name in ours}
+        their_names = {spell_theirs(name): name for name in theirs}
+        are_unique = len(our_names) == len(ours) and len(their_names) == len(theirs)
+        if are_unique and our_names.keys() == their_names.keys():
+            return {name: their_names[spell(name)] for name in ours}
+    lacks = sorted(our_names.keys() - their_names.keys())
+    has = sorted(their_names.keys() - our_names.keys())
+    if lacks or has:
         raise ValueError(
             "state_dict must be of the parameters that this optimizer has, but "
             + " and ".join(
@@ -77,19 +117,38 @@ def _in_order_of(saved: Any, param_groups: list[dict[str, Any]]) -> list[dict[st
             )
             + "; make the optimizer with the names that were saved"
         )
-    return [
-        {
-            **group,
-            "params": [numbers[name] for name in its_names],
-            "param_names": list(ours_group["param_names"]),
-        }
-        for group, ours_group, its_names in zip(groups, param_groups, names, strict=True)
-    ]
+    counts = Counter(map(_plain, ours)) | Counter(map(_plain, theirs))
+    repeated = sorted(name for name, count in counts.items() if count > 1)
+    raise ValueError(
+        f"param_names must differ without 'module' and {', '.join(map(repr, _WRAPPERS))}, but "
+        f"several are {shorten(repeated)}; make the optimizer with the names and in the order that "
+        "were saved"
+    )
 
 
 def _plain(name: str) -> str:
-    """Return a parameter's name without those that DDP and torch.compile put before it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    """Return a parameter's name without those of DDP, torch.compile and checkpoint wrappers."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    return ".".join(parts).removeprefix("module.")
+
+
+def _check_options_agree(index: int, sources: list[dict[str, Any]]) -> None:
+    first, *others = {id(source): source for source in sources}.values()
+    for other in others:
+        for name in {**first, **other}:
+            values = first.get(name), other.get(name)
+            if name not in ("params", "param_names") and _differ(*values):
+                raise ValueError(
+                    f"state_dict must have one {name} for all parameters of group {index}, but has "
+                    f"{values[0]!r} and {values[1]!r}; make the optimizer with the groups that "
+                    "were saved"
+                )
+
+
+def _differ(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return not torch.equal(a, b.to(a.device))
+    return bool(a != b)
 
 
 def _check_state(spec: State, value: object, number: object, param: Tensor) -> None:
