@@ -63,6 +63,10 @@ def match_state_dict(state_dict: Any, param_groups: list[dict[str, Any]]) -> dic
 
 def _in_order_of(saved: Any, param_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     groups = [dict(group) for group in saved]
+    for group in groups:
+        # torch.distributed.checkpoint gives names for numbers, in our order; param_names are not.
+        if any(isinstance(number, str) for number in group["params"]):
+            group.pop("param_names", None)
     theirs, ours = ([_names_of(group) for group in each] for each in (groups, param_groups))
     is_named = all(
         len(names) == len(group["params"])

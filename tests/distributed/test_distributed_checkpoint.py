@@ -184,3 +184,25 @@ def test_a_shards_state_loads_under_another_dtype_and_backend():
                 cast = value.to(other_dtype) if name == "momentum_buffer" else value
                 assert_equal(full(loaded), full(cast))
         train(other, other_optimizer, 2)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_parameters_in_another_order_get_their_own_state():
+    """Parameters come in the optimizer's order then, and their names in that which was saved."""
+
+    def made(*names):
+        model = nn.Module()
+        for name in names:
+            model.register_parameter(name, nn.Parameter(torch.zeros(2)))
+        return model, FusedCZMSGD(model.named_parameters(), **OPTIONS)
+
+    model, optimizer = made("a", "b")
+    model.a.grad, model.b.grad = torch.ones(2), torch.full((2,), 2.0)
+    optimizer.step()
+    other, other_optimizer = made("b", "a")
+    state = get_optimizer_state_dict(model, optimizer)
+    set_optimizer_state_dict(other, other_optimizer, state)
+    for name in ("a", "b"):
+        ours, theirs = other.get_parameter(name), model.get_parameter(name)
+        assert_equal(other_optimizer.state[ours], optimizer.state[theirs])
+    assert other_optimizer.param_groups[0]["param_names"] == ["b", "a"]
