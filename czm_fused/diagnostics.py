@@ -381,7 +381,8 @@ def _direction(
             return stored.original0, _whole(stored.original1).exp()
     trained: Tensor = convolution.weight
     state = {} if optimizer is None else optimizer.state.get(trained, {})
-    if "log_scale" in state:
+    # A group that scales no more keeps g, which its steps leave out.
+    if "log_scale" in state and groups.get(trained, {}).get("exp_scale", True):
         return trained, _whole(state["log_scale"]).exp()
     if isinstance(optimizer, FusedCZMSGD) and groups.get(trained, {}).get("exp_scale"):
         # The first step of the optimizer starts from g = log ‖W‖, and from 0 where W = 0.

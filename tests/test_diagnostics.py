@@ -197,6 +197,15 @@ def test_before_the_first_step_without_exp_scale_the_direction_is_the_weight():
         assert seen(layer.scale) == (1, 1, 1)
 
 
+def test_a_group_that_scales_no_more_has_scale_one():
+    model, images = czm_init_(network()), torch.randn(4, 3, 7, 7)
+    optimizer = FusedCZMSGD(model.parameters(), lr=0.1)
+    model(images).square().mean().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["exp_scale"] = False
+    assert seen(diagnose(model, images, optimizer).layers[0].scale) == (1, 1, 1)
+
+
 class Backwards(nn.Module):
     """Registers its convolutions in the opposite order of their execution."""
 
