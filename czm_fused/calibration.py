@@ -165,10 +165,11 @@ def calibrate_(
 
     Raises:
         TypeError: `only` is a string.
-        ValueError: `target` or `branch` is not a positive number; the model is sharded or has
-            no convolution; `only` is empty, or names what is none; `example_input` is one sample,
-            constant, not finite, of another dtype or device than the model, or reaches no
-            convolution; or the model fails on it in eval mode. The model is as it was then.
+        ValueError: `target` or `branch` is not a positive number; the model is sharded, on the meta
+            device or has no convolution; `only` is empty, or names what is none; `example_input`
+            is one sample, constant, not finite, of another dtype or device than the model, or
+            reaches no convolution; or the model fails on it in eval mode. The model is as it was
+            then.
 
     Warns:
         UserWarning: a convolution never ran, or its output is constant or not finite (it is left as
@@ -182,6 +183,11 @@ def calibrate_(
         raise ValueError("model must have a convolution, but had none; there is nothing to scale")
     if only is not None:
         convolutions = _chosen(convolutions, only)
+    if any(each.weight.is_meta for each in convolutions.values()):
+        raise ValueError(
+            "model must have weights to measure with, but is on the meta device; call "
+            "model.to_empty(device=...) first, or start by `gain`, which measures nothing"
+        )
     notes: list[str] = []
     if example_input is None:
         example_input = _noise_for(model, convolutions, seed)

@@ -99,10 +99,10 @@ def czm_init_(
     """Initialise every convolution of `module` in place by CZMI, and return `module`.
 
     Weights as in `czm_weight_`, biases 0 (paper section 3.2). The stem and depthwise convolutions
-    keep the means of their slices; so do all with `example_input`, unless `zero_mean` is True. A
-    parametrized weight is assigned, so that its parametrization stores the parameters that it is
-    computed from. Transposed convolutions, whose filters are not along dimension 0, stay as they
-    are.
+    keep the means of their slices; so do all with `example_input`, unless `zero_mean` is True.
+    Parameters that require no gradient are set as well. A parametrized weight is assigned, so that
+    its parametrization stores the parameters that it is computed from. Transposed convolutions,
+    whose filters are not along dimension 0, stay as they are.
 
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
         >>> round(czm_init_(network)[2].weight[0].norm().item(), 3)

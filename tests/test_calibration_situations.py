@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from czm_fused import convert
 from czm_fused.calibration import calibrate_
 from czm_fused.diagnostics import diagnose
 
@@ -74,3 +75,12 @@ def test_diagnose_passes_over_what_is_empty():
     trunk, head = report.layers
     assert head.output_spread is None and head.signal_gain is None
     assert report.output_spread == pytest.approx(trunk.output_spread)
+
+
+@pytest.mark.parametrize("start", [calibrate_, convert])
+def test_models_without_memory_are_refused(start):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="must have weights to measure with, but is on the meta"):
+        start(model, example_input=torch.randn(16, 3, 8, 8, device="meta"))
+    assert model[0].bias is None
