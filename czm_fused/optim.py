@@ -356,6 +356,9 @@ class FusedCZMSGD(Optimizer):
                 "a parameter, its gradient or its state changed while its step was planned; do not "
                 "change them from another thread"
             )
+        # A plan without master weights forgets their remainders where it is made, and there alone.
+        others = self._plans.items()
+        self._plans = {k: each for k, each in others if each.has_masters == plan.has_masters}
         while len(self._plans) >= _MOST_PLANS:
             del self._plans[next(iter(self._plans))]
         self._plans[key] = plan

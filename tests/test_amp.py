@@ -141,6 +141,18 @@ def test_master_weights_go_on_from_a_file(dtype, backend, tmp_path):
     assert_equal(exact_weights(twin, other), exact_weights(model, optimizer))
 
 
+def test_master_weights_switched_twice_are_of_the_present_weights():
+    model = nn.Conv2d(3, 4, 3).bfloat16()
+    optimizer = FusedCZMSGD(model.parameters(), **CZM, master_weights=True)
+    for master_weights in (True, False, True, False, True):
+        optimizer.param_groups[0]["master_weights"] = master_weights
+        for _ in range(2):
+            for param in model.parameters():
+                param.grad = torch.randn_like(param)
+            optimizer.step()
+        assert ("param_remainder" in optimizer.state[model.weight]) == master_weights
+
+
 def test_master_weights_cost_two_bytes_and_only_where_they_help():
     for dtype, extra in ((torch.bfloat16, 2), (torch.float16, 2), (torch.float32, 0)):
         model = network(dtype=dtype)

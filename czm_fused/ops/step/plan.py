@@ -203,6 +203,9 @@ class StepPlan:
         grads: their gradients, or None.
         backend: as the optimizer was asked for it.
 
+    Attributes:
+        has_masters: of each group, whether it has master weights.
+
     Raises:
         ValueError: a parameter or state that cannot be stepped as asked.
         RuntimeError: a gradient that cannot.
@@ -216,6 +219,7 @@ class StepPlan:
         grads: Sequence[Tensor | None],
         backend: str,
     ) -> None:
+        self.has_masters = [group["master_weights"] for group in param_groups]
         self._is_sharded = any(map(sharding.is_special, params))
         self._parts: list[tuple[list[int], DevicePlan]] = []
         groups = [
