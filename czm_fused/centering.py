@@ -1,5 +1,8 @@
 """center_(): convolutions that read their input relative to its mean."""
 
+# torch is typed in part.
+# mypy: allow-untyped-calls
+
 from __future__ import annotations
 
 from collections.abc import Iterator
