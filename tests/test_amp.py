@@ -146,11 +146,14 @@ def test_master_weights_switched_twice_are_of_the_present_weights():
     optimizer = FusedCZMSGD(model.parameters(), **CZM, master_weights=True)
     for master_weights in (True, False, True, False, True):
         optimizer.param_groups[0]["master_weights"] = master_weights
-        for _ in range(2):
-            for param in model.parameters():
+        # The bias has no gradient in the first step, for which the plan is made.
+        for parameters in ([model.weight], [model.weight, model.bias]):
+            optimizer.zero_grad()
+            for param in parameters:
                 param.grad = torch.randn_like(param)
             optimizer.step()
-        assert ("param_remainder" in optimizer.state[model.weight]) == master_weights
+        for param in model.parameters():
+            assert ("param_remainder" in optimizer.state[param]) == master_weights
 
 
 def test_master_weights_cost_two_bytes_and_only_where_they_help():

@@ -240,6 +240,9 @@ class StepPlan:
                 tensors.append(None)
                 continue
             tensor = StepTensor.of(ours[number], flags, index)
+            if not flags & StepFlag.MASTER_WEIGHTS:
+                # Also without a gradient, as this plan may step it when it has one.
+                state.get(param, {}).pop("param_remainder", None)
             if grad is not None:
                 step_state.prepare(number, param, flags, state[param])
             elif not _has_all_state(state.get(param), tensor):
