@@ -142,7 +142,7 @@ def uncenter_(model: nn.Module) -> None:
     }
     shared = shared_parameters(model)
     for name, convolution in centered.items():
-        if convolution.bias is not None and id(convolution.bias) in shared:
+        if id(convolution.bias) in shared:
             raise ValueError(
                 f"the bias of {name!r} must be its own to take up the mean, but another module has "
                 "it too; give each a copy"
@@ -155,7 +155,7 @@ def uncenter_(model: nn.Module) -> None:
         convolution.input_mean = None
     for convolution in convolutions.values():
         before = vars(convolution).get(_UNCENTERED)
-        # Sharding has made it a class of its own.
+        # A class that sharding has made of it stays.
         if type(convolution) is CENTERED.get(before):
             delattr(convolution, _UNCENTERED)
             convolution.__class__ = before
@@ -200,13 +200,10 @@ class _Means:
         weights = {name: each.weight for name, each in self.convolutions.items()}
         is_double = any(weight.dtype == torch.float64 for weight in weights.values())
         ran = next(iter(self.sums.values()), next(iter(weights.values())))
-        flat = torch.zeros(
-            sum(each.in_channels + 1 for each in self.convolutions.values()),
-            dtype=torch.float64 if is_double else torch.float32,
-            device=ran.device,
-        )
-        parts = flat.split([each.in_channels + 1 for each in self.convolutions.values()])
-        named = dict(zip(weights, parts, strict=True))
+        sizes = [each.in_channels + 1 for each in self.convolutions.values()]
+        dtype = torch.float64 if is_double else torch.float32
+        flat = torch.zeros(sum(sizes), dtype=dtype, device=ran.device)
+        named = dict(zip(weights, flat.split(sizes), strict=True))
         for name, its_sums in self.sums.items():
             named[name].copy_(its_sums)
         torch.distributed.all_reduce(flat)
